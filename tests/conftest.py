@@ -1,0 +1,80 @@
+"""Tiny random checkpoints of the five families, made once per session; no test needs the hub."""
+
+import json
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "conv_dim": (8,) * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "vocab_size": 6,
+}
+# what makes the published models of a family differ for an encoder that must be exact
+VARIANTS = {
+    "wav2vec2": ("wav2vec2", {}),
+    "wav2vec2-stable": ("wav2vec2", {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}),
+    "hubert": ("hubert", {}),
+    "hubert-batch-norm": ("hubert", {"conv_pos_batch_norm": True, "feat_proj_layer_norm": False}),
+    "hubert-stable": ("hubert", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
+    "wavlm": ("wavlm", {"num_buckets": 32, "max_bucket_distance": 80}),
+    "wavlm-stable": ("wavlm", {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "num_buckets": 32}),
+    "data2vec-audio": ("data2vec-audio", {"num_conv_pos_embeddings": 5, "conv_pos_kernel_size": 19}),
+    "unispeech-sat": ("unispeech-sat", {}),
+    "unispeech-sat-stable": ("unispeech-sat", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
+}
+CLASSES = {
+    "wav2vec2": "Wav2Vec2Model",
+    "hubert": "HubertModel",
+    "wavlm": "WavLMModel",
+    "data2vec-audio": "Data2VecAudioModel",
+    "unispeech-sat": "UniSpeechSatModel",
+}
+
+
+def make_model(variant, head=None):
+    "The library's own model of a variant, seeded, all weights away from their trivial initial values."
+    import torch
+    import transformers
+
+    family, settings = VARIANTS[variant]
+    model_class = getattr(transformers, head or CLASSES[family])
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**{**SMALL, **settings})).eval()
+    with torch.no_grad():
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+            # zero biases and unit scales would hide what padding does
+            if weight.is_floating_point():
+                weight.add_(torch.rand_like(weight) * 0.2 if "running_var" in name else torch.randn_like(weight) * 0.1)
+    return model
+
+
+def save_checkpoint(folder, model, do_normalize=True):
+    model.save_pretrained(folder)
+    preprocessor = {"do_normalize": do_normalize, "sampling_rate": 16000}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    "Variant -> folder of a tiny random checkpoint."
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: save_checkpoint(root / name, make_model(name)) for name in VARIANTS}
+
+
+@pytest.fixture(scope="session")
+def recordings():
+    "Seeded noise with a drift, 0.1 to 3 s at 16 kHz, so that no two recordings have the same statistics."
+    import torch
+
+    torch.manual_seed(1)
+    lengths = [48000, 1600, 16000, 400, 7777, 30000, 719, 720]
+    return [torch.randn(n) * (0.02 + 0.05 * i) + 0.02 * i for i, n in enumerate(lengths)]

@@ -1,0 +1,465 @@
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, VARIANTS, make_model, save_checkpoint
+
+from w2v2nb.encoder import Encoder, count_frames, group_by_length, locate, pool
+from w2v2nb.transforms import normalize
+
+
+def load_library(folder, variant):
+    import transformers
+
+    model_class = getattr(transformers, CLASSES[VARIANTS[variant][0]])
+    return model_class.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def library_states(model, waveform):
+    "Every layer as plain transformers computes it for one recording alone, counted as contract 4 counts."
+    with torch.no_grad():
+        output = model(normalize(waveform)[None], output_hidden_states=True)
+    # the last entry is before the final LayerNorm in some versions and after it in others
+    return [x[0] for x in output.hidden_states[:-1]] + [output.last_hidden_state[0]]
+
+
+def error(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_layer_equals_plain_transformers_alone(variant, checkpoints, recordings):
+    encoder = Encoder.from_pretrained(checkpoints[variant], device="cpu")
+    model = load_library(checkpoints[variant], variant)
+    layers = list(range(encoder.n_layers + 1))
+    padded = torch.nn.utils.rnn.pad_sequence(recordings, batch_first=True)
+    with torch.no_grad():
+        states, n_frames = encoder(padded, torch.tensor([len(x) for x in recordings]), layers)
+    for i, waveform in enumerate(recordings):
+        expected = library_states(model, waveform)
+        assert n_frames[i] == len(expected[0])
+        for layer in layers:
+            assert error(states[layer][i, : n_frames[i]], expected[layer]) < 1e-5, (i, layer)
+            frames, times_s = encoder.frames(waveform, layer)
+            assert error(frames, expected[layer]) < 1e-5, (i, layer)
+            assert len(times_s) == len(frames)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum", "max"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_embedding_is_the_same_whatever_its_batch(variant, pooling, checkpoints, recordings):
+    encoder = Encoder.from_pretrained(checkpoints[variant], device="cpu")
+    layers = list(range(encoder.n_layers + 1))
+    together = encoder.embed(recordings, layers, pooling)
+    assert together.shape == (len(recordings), len(layers), encoder.hidden_size) and together.dtype == torch.float32
+    for i, waveform in enumerate(recordings):
+        assert error(together[i], encoder.embed([waveform], layers, pooling)[0]) < 1e-5
+    backwards = encoder.embed(recordings[::-1], layers, pooling).flip(0)
+    assert error(backwards, together) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["wav2vec2", "hubert", "wavlm", "unispeech-sat", "data2vec-audio", "hubert-batch-norm"])
+def test_plain_padded_batch_differs(variant, checkpoints, recordings):
+    "The tests above can fail: the library's own padded batch is far outside their tolerance."
+    model = load_library(checkpoints[variant], variant)
+    pair = [normalize(x) for x in recordings[1:3]]
+    padded = torch.nn.utils.rnn.pad_sequence(pair, batch_first=True)
+    mask = torch.arange(padded.shape[1]) < torch.tensor([[len(x)] for x in pair])
+    with torch.no_grad():
+        together = model(padded, attention_mask=mask.long()).last_hidden_state[0]
+    alone = library_states(model, recordings[1])[-1]
+    assert error(together[: len(alone)], alone) > 1e-3
+
+
+HEADS = {
+    "Wav2Vec2ForCTC": "wav2vec2",
+    "Wav2Vec2ForPreTraining": "wav2vec2",
+    "HubertForSequenceClassification": "hubert",
+    "WavLMForXVector": "wavlm",
+    "Data2VecAudioForCTC": "data2vec-audio",
+    "UniSpeechSatForPreTraining": "unispeech-sat",
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_checkpoint_with_a_head_gives_its_encoder(head, tmp_path, recordings):
+    model = make_model(HEADS[head], head)
+    encoder = Encoder.from_pretrained(save_checkpoint(tmp_path, model), device="cpu")
+    expected = library_states(model.base_model, recordings[2])
+    assert error(encoder.frames(recordings[2])[0], expected[-1]) < 1e-5
+
+
+def test_without_normalization_and_preprocessor(tmp_path, recordings):
+    model = make_model("wav2vec2-stable")
+    raw = Encoder.from_pretrained(save_checkpoint(tmp_path, model, do_normalize=False), device="cpu")
+    assert not raw.do_normalize
+    with torch.no_grad():
+        expected = model(recordings[0][None]).last_hidden_state[0]
+    assert error(raw.frames(recordings[0])[0], expected) < 1e-5
+    (tmp_path / "preprocessor_config.json").unlink()
+    default = Encoder.from_pretrained(tmp_path, device="cpu")
+    assert default.do_normalize and default.sample_rate == 16000
+    nested = {"feature_extractor": {"do_normalize": False, "sampling_rate": 8000}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    nested = Encoder.from_pretrained(tmp_path, device="cpu")
+    assert not nested.do_normalize and nested.sample_rate == 8000
+
+
+def test_preprocessing_equals_the_feature_extractor(checkpoints, recordings):
+    from transformers import Wav2Vec2FeatureExtractor
+
+    extract = Wav2Vec2FeatureExtractor(do_normalize=True)
+    loud_offset = recordings[2] * 3 + 5
+    expected = torch.tensor(np.asarray(extract(loud_offset.numpy(), sampling_rate=16000)["input_values"][0]))
+    assert (normalize(loud_offset) - expected).abs().max() < 1e-5
+
+
+def test_half_precision_is_read_as_float32(tmp_path):
+    encoder = Encoder.from_pretrained(save_checkpoint(tmp_path, make_model("wav2vec2").half()), device="cpu")
+    assert {weight.dtype for weight in encoder.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_is_close(variant, checkpoints, recordings):
+    reference = Encoder.from_pretrained(checkpoints[variant], device="cpu").embed(recordings, [0, 1, 2, 3])
+    encoder = Encoder.from_pretrained(checkpoints[variant], precision="bf16", device="cpu")
+    embeddings = encoder.embed(recordings, [0, 1, 2, 3])
+    assert embeddings.dtype == torch.float32 and encoder.precision == "bf16"
+    assert torch.cosine_similarity(embeddings, reference, dim=-1).min() > 0.995
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_reaches_every_weight(variant, checkpoints, recordings):
+    encoder = Encoder.from_pretrained(checkpoints[variant], device="cpu").train()
+    padded = torch.nn.utils.rnn.pad_sequence(recordings[:3], batch_first=True)
+    (states,), n_frames = encoder(padded, torch.tensor([len(x) for x in recordings[:3]]))
+    pool(states, n_frames, "mean").sum().backward()
+    assert not [name for name, weight in encoder.named_parameters() if weight.grad is None]
+
+
+def test_embedding_while_training(checkpoints, recordings):
+    encoder = Encoder.from_pretrained(checkpoints["hubert-batch-norm"], device="cpu")
+    assert not encoder.training
+    expected = encoder.embed(recordings)
+    encoder.train()
+    statistics = {name: value.clone() for name, value in encoder.named_buffers()}
+    embeddings = encoder.embed(recordings)
+    assert torch.equal(embeddings, expected) and encoder.training and not embeddings.requires_grad
+    encoder(recordings[0][None], torch.tensor([len(recordings[0])]))
+    assert all(torch.equal(value, statistics[name]) for name, value in encoder.named_buffers())
+    # an ordinary tensor: a head of one's own can be trained on it
+    torch.nn.Linear(16, 1)(embeddings).sum().backward()
+
+
+def test_values_in_the_padding_do_not_matter(checkpoints, recordings):
+    encoder = Encoder.from_pretrained(checkpoints["wav2vec2"], device="cpu")
+    pair = torch.nn.utils.rnn.pad_sequence(recordings[1:3], batch_first=True)
+    lengths = torch.tensor([len(x) for x in recordings[1:3]])
+    spoiled = pair.clone()
+    spoiled[0, lengths[0] :] = torch.nan
+    with torch.no_grad():
+        (clean,), n_frames = encoder(pair, lengths)
+        (other,), _ = encoder(spoiled, lengths)
+    assert torch.equal(pool(clean, n_frames), pool(other, n_frames))
+
+
+def test_accepted_recordings(checkpoints):
+    encoder = Encoder.from_pretrained(checkpoints["wav2vec2"], device="cpu")
+    samples = np.random.default_rng(0).standard_normal(4000)
+    expected = encoder.embed([torch.tensor(samples, dtype=torch.float32)])
+    for same in (samples, samples.astype(np.float32), samples[::-1][::-1], samples.tolist(), torch.tensor(samples)):
+        assert torch.equal(encoder.embed([same]), expected)
+    assert encoder.embed(np.stack([samples, samples])).shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("recordings", "message"),
+    [
+        ([], "the list of recordings is empty"),
+        ([np.zeros((2, 4000))], r"recording 0 has shape \(2, 4000\).*averaged first"),
+        (np.zeros(4000), r"recording 0 has shape \(\).*list of 1-D arrays"),
+        ([np.zeros(4000), np.zeros(4000, dtype=np.int16)], "recording 1 holds int16 values.*32768"),
+        ([np.full(4000, np.nan)], "recording 0 holds NaN"),
+        ([np.zeros(4000), np.zeros(399), np.zeros(0)], r"1 \(399 samples\), 2 \(0 samples\).*at least 400 samples"),
+    ],
+)
+def test_refused_recordings(recordings, message, checkpoints):
+    encoder = Encoder.from_pretrained(checkpoints["wav2vec2"], device="cpu")
+    with pytest.raises(ValueError, match=message):
+        encoder.embed(recordings)
+
+
+def test_refused_arguments(checkpoints, recordings):
+    encoder = Encoder.from_pretrained(checkpoints["wav2vec2"], device="cpu")
+    for layer in (4, -2, True, 1.0, "last"):
+        with pytest.raises(ValueError, match="layers 0 to 3, and -1"):
+            encoder.embed(recordings, layer)
+    with pytest.raises(ValueError, match="mean, sum or max"):
+        encoder.embed(recordings, pooling="median")
+    with pytest.raises(ValueError, match="one of fp32, bf16, fp16"):
+        Encoder.from_pretrained(checkpoints["wav2vec2"], precision="int8")
+    with pytest.raises(ValueError, match="fp16 needs a CUDA device"):
+        Encoder.from_pretrained(checkpoints["wav2vec2"], precision="fp16", device="cpu")
+
+
+def test_layers_in_any_order(checkpoints, recordings):
+    encoder = Encoder.from_pretrained(checkpoints["wav2vec2-stable"], device="cpu")
+    several = encoder.embed(recordings, [3, 0, -1, 3])
+    for position, layer in enumerate([3, 0, 3, 3]):
+        assert torch.equal(several[:, position], encoder.embed(recordings, layer))
+    assert torch.equal(encoder.embed(recordings), encoder.embed(recordings, 3))
+
+
+def test_stops_at_the_highest_layer(checkpoints, recordings):
+    encoder = Encoder.from_pretrained(checkpoints["wavlm"], device="cpu")
+    encoder.model.encoder.layers[2].forward = None
+    assert encoder.embed(recordings, [1, 2]).shape == (len(recordings), 2, 16)
+
+
+def test_frames_have_times(checkpoints, recordings):
+    encoder = Encoder.from_pretrained(checkpoints["wav2vec2"], device="cpu")
+    assert (encoder.min_frames, encoder.stride, encoder.sample_rate) == (400, 320, 16000)
+    states, times_s = encoder.frames(recordings[2])
+    assert states.shape == (49, 16) and times_s.shape == (49,)
+    assert times_s[:2].tolist() == pytest.approx([0.0125, 0.0325]) and times_s[-1] < 1.0
+
+
+def test_count_frames_is_what_the_convolutions_do():
+    import transformers
+
+    model = make_model("wav2vec2")
+    assert transformers.__version__
+    for n in [400, 401, 719, 720, 1039, 1040, 15999, 16000, 16001, 48000, 100_003]:
+        assert count_frames(n, 400, 320) == int(model._get_feat_extract_output_lengths(torch.tensor(n)))
+
+
+def test_groups_hold_every_recording_once():
+    lengths = [5, 40, 9, 10, 4, 1, 1, 1, 100, 20]
+    for limit in (1, 10, 20, 50, 1000):
+        batches = group_by_length(lengths, limit)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= limit for b in batches)
+
+
+# --- checkpoints that cannot be used
+
+
+@pytest.fixture
+def copy(checkpoints, tmp_path):
+    "A copy of the tiny wav2vec2 checkpoint's two JSON files, to break, and its weights."
+    from safetensors.torch import load_file
+
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((checkpoints["wav2vec2"] / name).read_bytes())
+    return tmp_path, load_file(checkpoints["wav2vec2"] / "model.safetensors")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_malicious_pickle_is_not_run(is_bare, copy, capfd):
+    folder, weights = copy
+    trap = folder / "executed"
+    if is_bare:
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(trap)))
+    else:
+        torch.save({**weights, "extra": Malicious(trap)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="is not read, since a pickle can run code; get this checkpoint as model.safe"):
+        Encoder.from_pretrained(folder, device="cpu")
+    assert not trap.exists()
+    assert capfd.readouterr().err == ""
+
+
+def test_bin_of_tensors_is_read(copy, checkpoints, recordings):
+    folder, weights = copy
+    # the names of older torch versions, in which most checkpoints on the hub are
+    old = {k.replace("parametrizations.weight.original0", "weight_g"): v for k, v in weights.items()}
+    old = {k.replace("parametrizations.weight.original1", "weight_v"): v for k, v in old.items()}
+    assert set(old) != set(weights)
+    torch.save(old, folder / "pytorch_model.bin")
+    expected = Encoder.from_pretrained(checkpoints["wav2vec2"], device="cpu").embed(recordings)
+    assert error(Encoder.from_pretrained(folder, device="cpu").embed(recordings), expected) < 1e-6
+
+
+def test_missing_weights_are_named(copy, capfd):
+    from safetensors.torch import save_file
+
+    folder, weights = copy
+    for name in ("masked_spec_embed", "encoder.layers.1.final_layer_norm.bias"):
+        weights.pop(name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"would be random: encoder\.layers\.1\.final_layer_norm\.bias; get the whole"):
+        Encoder.from_pretrained(folder, device="cpu")
+    assert capfd.readouterr().err == ""
+
+
+def test_other_sizes_are_named(copy):
+    from safetensors.torch import save_file
+
+    folder, weights = copy
+    weights["feature_projection.projection.bias"] = torch.zeros(7)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"feature_projection\.projection\.bias of size \(7,\) for \(16,\)"):
+        Encoder.from_pretrained(folder, device="cpu")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"x" * 100])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_broken_weights(name, content, copy):
+    if content is not None:
+        (copy[0] / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot be loaded \(.*get the whole checkpoint again|is not read"):
+        Encoder.from_pretrained(copy[0], device="cpu")
+
+
+def test_refused_configurations(copy, tmp_path):
+    folder, _ = copy
+    edit_config(folder, model_type="wav2vec2-bert", auto_map={"AutoModel": "evil.Model"})
+    with pytest.raises(ValueError, match="'wav2vec2-bert'; supported are wav2vec2, hubert, wavlm, data2vec-audio, unis"):
+        Encoder.from_pretrained(folder)
+    edit_config(folder, model_type="wav2vec2", add_adapter=True)
+    with pytest.raises(ValueError, match="add_adapter"):
+        Encoder.from_pretrained(folder)
+    edit_config(folder, classifiers=[["breathy"]])
+    with pytest.raises(ValueError, match="Classifier.load"):
+        Encoder.from_pretrained(folder)
+    (folder / "config.json").write_text("{broken")
+    with pytest.raises(ValueError, match="should hold a JSON object"):
+        Encoder.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config.json \(it holds: preprocessor_config.json\)"):
+        Encoder.from_pretrained(folder)
+
+
+def test_wrong_paths(copy):
+    folder, _ = copy
+    with pytest.raises(FileNotFoundError, match="is a file; give the folder"):
+        locate(folder / "config.json")
+    for path in (folder / "none", "./none", "a/b/c", "none"):
+        with pytest.raises(FileNotFoundError, match="there is no such folder, and it is not a hub name"):
+            locate(path)
+
+
+def test_code_of_a_checkpoint_is_not_looked_at(copy, checkpoints):
+    folder, _ = copy
+    edit_config(folder, auto_map={"AutoModel": "modeling_evil.Model", "AutoConfig": "modeling_evil.Config"})
+    (folder / "modeling_evil.py").write_text(f"import os; os.mkdir({str(folder / 'executed')!r})")
+    (folder / "model.safetensors").write_bytes((checkpoints["wav2vec2"] / "model.safetensors").read_bytes())
+    Encoder.from_pretrained(folder, device="cpu")
+    assert not (folder / "executed").exists()
+
+
+# --- the hub: a server on this machine that answers as the hub does
+
+
+class Hub(BaseHTTPRequestHandler):
+    "Serves `server.files` (name -> bytes) as the repository owner/tiny."
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        files, commit, path = self.server.files, "a" * 40, self.path.partition("?")[0]
+        self.server.asked.append(path)
+        headers = {"X-Repo-Commit": commit}
+        if path.startswith("/api/models/owner/tiny/tree/"):
+            body = [{"type": "file", "path": k, "size": len(v), "oid": f"{i:040d}"} for i, (k, v) in enumerate(files.items())]
+            body = json.dumps(body).encode()
+        elif path.startswith("/api/models/owner/tiny"):
+            siblings = [{"rfilename": name} for name in files]
+            body = json.dumps({"id": "owner/tiny", "sha": commit, "siblings": siblings}).encode()
+        elif path.startswith("/owner/tiny/resolve/") and path.rpartition("/")[2] in files:
+            body = files[path.rpartition("/")[2]]
+            headers["ETag"] = f'"{hash(body):x}"'
+        else:
+            body, headers = b"{}", {"X-Error-Code": "RepoNotFound"}
+        self.send_response(404 if "X-Error-Code" in headers else 200)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(checkpoints, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    files = {path.name: path.read_bytes() for path in checkpoints["wav2vec2"].iterdir()}
+    server.files, server.asked = {**files, "pytorch_model.bin": b"not wanted", "README.md": b"hello"}, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def run_locate(name, port, home, **environment):
+    "What `locate` prints in a process of its own, since the hub's library reads its settings when imported."
+    code = f"from w2v2nb.encoder import download\ntry: print(download({name!r}, timeout_s=1))\nexcept OSError as e: print(e)"
+    inherited = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", code],
+        env={**inherited, **settings, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in run.stderr, run.stderr
+    return run.stdout.strip()
+
+
+def test_download_then_offline(hub, tmp_path):
+    port = hub.server_address[1]
+    folder = Path(run_locate("owner/tiny", port, tmp_path))
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    n_asked = len(hub.asked)
+    assert run_locate("owner/tiny", port, tmp_path, HF_HUB_OFFLINE="1") == str(folder)
+    assert len(hub.asked) == n_asked
+    assert "has no public model of this name; on a connected" in run_locate("owner/other", port, tmp_path)
+    Encoder.from_pretrained(folder, device="cpu")
+
+
+def test_download_of_a_bin(hub, tmp_path):
+    hub.files.pop("model.safetensors")
+    folder = Path(run_locate("owner/tiny", hub.server_address[1], tmp_path))
+    assert sorted(os.listdir(folder)) == ["config.json", "preprocessor_config.json", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_hub_out_of_reach(is_silent, tmp_path):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if is_silent:  # takes connections and never answers
+            server.listen()
+        answer = run_locate("owner/tiny", server.getsockname()[1], tmp_path)
+    assert "cannot be reached" in answer and "hf download owner/tiny --local-dir FOLDER" in answer
+    assert "\n" not in answer
+
+
+def test_import_takes_no_transformers():
+    code = "import sys, w2v2nb.encoder, w2v2nb.model; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "False"]
