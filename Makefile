@@ -1,5 +1,5 @@
 # `make` prints the targets. `make demo` and `make test` each take a fresh machine all the way.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -33,6 +33,7 @@ export: $(READY) ## clean the notebooks, export the modules, remake README.md
 	$(BIN)/nbdev_clean
 	rm -f $(filter-out w2v2nb/__init__.py,$(wildcard w2v2nb/*.py))
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/parameters.py
 	$(BIN)/python tools/readme.py
 
 outputs: $(READY) ## run the notebooks and keep their outputs: make outputs NB=nbs/02_audio.ipynb

@@ -64,8 +64,9 @@ def captions(axes):
 # Recordings
 
 
-@pytest.mark.parametrize("sample_rate_hz", [4000, 8000, 16000, 22050, 44100, 48000])
-@pytest.mark.parametrize("seconds", [0.1, 3.0])
+@pytest.mark.parametrize(
+    "sample_rate_hz, seconds", [(4000, 0.1), (8000, 0.1), (8000, 3), (16000, 0.1), (22050, 3), (44100, 0.1), (48000, 3)]
+)
 def test_recording_at_any_rate(sample_rate_hz, seconds):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # librosa warns about windows longer than the clip and about empty mel bands
@@ -215,10 +216,10 @@ def test_history_from_a_file_is_that_of_its_table(tmp_path):
     "columns, best",
     [
         ({}, 3),
-        ({"metric": [np.nan] * 4}, 2),
-        ({"metric": [None] * 4}, 2),
+        ({"metric": [np.nan] * 4}, None),  # as train, which then keeps the last
+        ({"metric": [None] * 4}, None),
+        ({"metric": [None, 0.5, None, 0.6]}, 4),
         ({"metric": [np.nan, 0.5, np.nan, 0.5]}, 2),  # of equal ones the first
-        ({"metric": [np.nan] * 4, "validation_loss": [np.nan] * 4}, None),
         ({"epoch": [5, 6, 7, 8]}, 7),
     ],
 )
@@ -291,7 +292,7 @@ def test_roc_from_a_file_is_that_of_its_table(tmp_path):
     assert np.array_equal(pixels(plot_roc(tmp_path / "a_predictions.csv")), pixels(plot_roc(table)))
 
 
-@pytest.mark.parametrize("n_labels, n_frames", [(1, 1), (8, 1), (9, 9), (13, 13)])
+@pytest.mark.parametrize("n_labels, n_frames", [(1, 1), (8, 1), (9, 9)])
 def test_many_labels_get_frames_of_their_own(n_labels, n_frames):
     labels = [f"label {k}" for k in range(n_labels)]
     picture = plot_roc(predictions(labels, one_class=["label 3"]))

@@ -72,7 +72,7 @@ def known_flags() -> dict[str, str]:
 class Parser(argparse.ArgumentParser):
     "An argument parser that reports a mistake by `ConfigError`."
 
-    def error(self, message):
+    def error(self, message: str):
         raise ConfigError(message.replace("argument ", ""))
 
 
@@ -124,7 +124,7 @@ def demo(
     test, recordings = f"{samples.split_root()}/test.csv", ["-i", samples.prefix()]
     model = f"{folder}/finetune/samples_model"
     tune = ["-l", samples.label_txt(), "-d", samples.split_root(), "-c", samples.checkpoint()]
-    tune += "--loss BCE --val_share 0.25 -e 12 -lr 0.003".split()
+    tune += "--loss BCE --val_share 0.25 -e 25 -lr 0.001".split()
     commands = {
         "finetune": [*tune, "--dataset", "samples"],
         "eval-only": ["-d", test, "-mp", model],

@@ -7,6 +7,7 @@ __all__ = ['predictions_table', 'metrics_table', 'evaluate']
 
 # %% ../nbs/11_evaluate.ipynb #1303daab
 import numpy as np
+import pandas as pd
 import torch
 
 from .batch import Batches
@@ -16,12 +17,12 @@ from .train import predict
 
 # %% ../nbs/11_evaluate.ipynb #3b3cc050
 def predictions_table(
-    annotations,  # DataFrame with `uid`, and `subject` if known
+    annotations: pd.DataFrame,  # with `uid`, and `subject` if known
     labels: list[str],  # names of the columns of targets and scores
     targets: np.ndarray,  # (recordings, labels), NaN = not rated
     scores: np.ndarray,  # (recordings, labels), a row of NaN = set aside
-):
-    "DataFrame with uid, subject if any, and per label `<label>_target` and `<label>_score`."
+) -> pd.DataFrame:
+    "Table with uid, subject if any, and per label `<label>_target` and `<label>_score`."
     keep = ~np.isnan(scores).all(axis=1)
     known = [column for column in ("uid", "subject") if column in annotations]
     table = annotations.loc[keep, known].reset_index(drop=True)
@@ -32,10 +33,10 @@ def predictions_table(
 
 # %% ../nbs/11_evaluate.ipynb #51cbbac7
 def metrics_table(
-    predictions,  # DataFrame from `predictions_table`
+    predictions: pd.DataFrame,  # from `predictions_table`
     labels: list[str],  # labels to measure
-):
-    "DataFrame with `Label`, `AUC`, `n_pos`, `n_neg` and more, one row per label; see `metrics.auc_table`."
+) -> pd.DataFrame:
+    "Table with `Label`, `AUC`, `n_pos`, `n_neg` and more, one row per label; see `metrics.auc_table`."
     targets = predictions[[f"{label}_target" for label in labels]].to_numpy(dtype=float)
     scores = predictions[[f"{label}_score" for label in labels]].to_numpy(dtype=float)
     return auc_table(targets, scores, labels)
@@ -44,8 +45,8 @@ def metrics_table(
 def evaluate(
     model: Classifier,  # on the device to compute on
     batches: Batches,  # over the rows of `annotations`, in any order
-    annotations,  # DataFrame, one row per recording of the batches
-):
+    annotations: pd.DataFrame,  # one row per recording of the batches
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     "The predictions table and the metrics table. `batches.failures` lists the recordings set aside."
     outputs, targets = predict(model, batches, "evaluate")
     scores = model.scores(torch.from_numpy(outputs)).numpy()

@@ -10,6 +10,9 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from .batch import Batch, Batches, Failure
@@ -46,10 +49,8 @@ def rows_table(
     uids: list[str],  # their recordings
     embeddings: torch.Tensor,  # (rows, layers, hidden) float32
     columns: list[str],  # a name for each layer
-):
+) -> pa.Table:
     "An Arrow table with `row`, `uid` and a fixed-size list of float32 for each of `columns`."
-    import pyarrow as pa
-
     hidden = embeddings.shape[-1]
     lists = [
         pa.FixedSizeListArray.from_arrays(pa.array(embeddings[:, k].flatten().numpy()), hidden)
@@ -67,11 +68,9 @@ def part_paths(
 
 def write_part(
     work: str | Path,  # the work folder, made if missing
-    table,  # from `rows_table`
+    table: pa.Table,  # from `rows_table`
 ) -> Path:
     "Write one part, atomically."
-    import pyarrow.parquet as pq
-
     done = part_paths(work)
     number = int(done[-1].stem.split("-")[1]) + 1 if done else 0
     path = Path(work) / f"part-{number:06d}.parquet"
@@ -84,8 +83,6 @@ def rows_done(
     work: str | Path,  # the work folder; need not exist
 ) -> set[int]:
     "The row numbers that the parts in a work folder hold."
-    import pyarrow.parquet as pq
-
     return {row for part in part_paths(work) for row in pq.read_table(part, columns=["row"])["row"].to_pylist()}
 
 # %% ../nbs/09_extract.ipynb #ae3f9837
@@ -129,10 +126,6 @@ def merge_parts(
     about: dict[str, str],  # what made the embeddings, kept in the schema's metadata
 ) -> int:
     "Write one Parquet table from all parts, in row order; return its number of rows (0: nothing is written)."
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     parts = [pq.read_table(part) for part in part_paths(work)]
     if not parts:
         return 0

@@ -33,7 +33,7 @@ def find_reason(
     if not len(is_pos):
         return "no recording is rated"
     if not n_pos or not n_neg:
-        return f"only one class: {n_pos} rated 1, {n_neg} rated 0"
+        return f"only one class: {n_pos} rated 1 and {n_neg} rated 0"
     return f"{n_bad} of {len(score)} scores are not finite" if n_bad else ""
 
 # %% ../nbs/08_metrics.ipynb #c915050a

@@ -140,14 +140,11 @@ def read_table(
 
 # %% ../nbs/12_report.ipynb #e74293b7
 def best_epoch(
-    history: pd.DataFrame,  # columns epoch, validation_loss, metric; NaN where there is none
+    history: pd.DataFrame,  # columns epoch, metric; NaN where there is none
 ) -> int | None:
-    "The epoch with the highest metric, else with the lowest validation loss, else None."
-    if history["metric"].notna().any():
-        return int(history.loc[history["metric"].idxmax(), "epoch"])
-    if history["validation_loss"].notna().any():
-        return int(history.loc[history["validation_loss"].idxmin(), "epoch"])
-    return None
+    "The first epoch with the highest metric; None without any."
+    has_metric = history[history["metric"].notna()]
+    return None if has_metric.empty else int(has_metric.loc[has_metric["metric"].astype(float).idxmax(), "epoch"])
 
 # %% ../nbs/12_report.ipynb #08557895
 def plot_history(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['asset', 'prefix', 'split_root', 'label_txt', 'checkpoint']
 
-# %% ../nbs/00_samples.ipynb #e47f2859
+# %% ../nbs/00_samples.ipynb #bf058948
 from importlib.resources import files
 
-# %% ../nbs/00_samples.ipynb #b2587134
+# %% ../nbs/00_samples.ipynb #5d1618ae
 def asset(
     name: str,  # path inside the package's assets, such as "splits/train.csv"
 ) -> str:  # the path on this machine
@@ -21,22 +21,22 @@ def asset(
         )
     return str(path)
 
-# %% ../nbs/00_samples.ipynb #1fa3b6fa
+# %% ../nbs/00_samples.ipynb #1c932d83
 def prefix() -> str:
     """Folder with `<uid>/waveform.<ext>` and `<uid>/metadata.json` for 144 recordings of synthetic speech, not evidence."""
     return asset("recordings")
 
-# %% ../nbs/00_samples.ipynb #edb80577
+# %% ../nbs/00_samples.ipynb #0e1e2978
 def split_root() -> str:
     """Folder with train.csv, test.csv (no voice in both) and labels.txt for the recordings under `prefix()`."""
     return asset("splits")
 
-# %% ../nbs/00_samples.ipynb #50d93a2d
+# %% ../nbs/00_samples.ipynb #017c3659
 def label_txt() -> str:
     """File with the five labels, one per line, all sharing one classifier."""
     return asset("splits/labels.txt")
 
-# %% ../nbs/00_samples.ipynb #b1764768
+# %% ../nbs/00_samples.ipynb #26c045c9
 def checkpoint() -> str:
     """Folder with config.json, model.safetensors and preprocessor_config.json of a tiny, untrained wav2vec 2.0."""
     return asset("checkpoint")

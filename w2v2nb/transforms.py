@@ -135,8 +135,7 @@ class Resample:
 
 # %% ../nbs/03_transforms.ipynb #21884071
 VAD = {
-    "trigger_level": 5.0,  # lower than 7: quiet beginnings count as speech
-    "trigger_time": 0.1,  # shorter than 0.25: a word of 0.3 s triggers
+    "trigger_level": 4.0,  # lower than 7: quiet beginnings and short words count as speech
     "search_time": 2.0,  # longer than 1: look back further from the trigger
     "allowed_gap": 1.0,  # longer than 0.25: across the gap of a plosive or a quiet syllable
 }

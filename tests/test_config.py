@@ -1,0 +1,127 @@
+"""The configuration: names and defaults of contract 2, and one sentence for everything that is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+
+from w2v2nb.config import MODES, Config, ConfigError, configure, read_parameters
+
+GIVEN = dict(prefix="recordings", data_split_root="table.csv", exp_dir="out")
+
+# what the design's second contract promises: flag, short flag, default
+CONTRACT = """
+prefix -i None; study -s None; data_split_root -d None; label_txt -l None; bucket_name -b None; project_name -p None;
+lib - None; exp_dir -o None; dataset - None; resample_rate - 16000; reduce - True; clip_length - 160000; trim - False;
+mdl_path -mp None; checkpoint -c facebook/wav2vec2-base-960h; pooling_mode -pm mean; batch_size -bs 8; num_workers -nw 0;
+epochs -e 1; learning_rate -lr 0.0003; optim - adam; loss - MSE; layer - -1; padding - batch; precision - fp32;
+freeze - True; seed - 0; resume - False; overwrite - False; mode -m finetune
+"""
+
+
+@pytest.mark.parametrize("line", [entry.strip() for entry in CONTRACT.split(";")])
+def test_names_short_flags_and_defaults_are_the_contract_s(line):
+    name, short, default = line.split()
+    field = Config.model_fields[name]
+    assert (field.json_schema_extra["short"] or "-", str(field.default)) == (short, default)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [("trim", t, True) for t in ("True", "true", "1", "yes", True, 1)]
+    + [("trim", t, False) for t in ("False", "false", "0", "no", False, 0)]
+    + [("lib", "None", None), ("lib", "", None), ("study", "None", None), ("study", " ", None), ("study", 7, "7")]
+    + [("learning_rate", "1e-5", 1e-5), ("learning_rate", 1, 1.0), ("epochs", "3", 3), ("epochs", 3.0, 3)]
+    + [("layer", "-1", -1), ("layer", 6, 6), ("layer", "0, 6,12", "0,6,12")],
+)
+def test_text_is_read_as_the_command_line_reads_it(name, text, value):
+    assert getattr(configure("extraction", **GIVEN, **{name: text}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (dict(epochs="three"), "epochs is 'three' but should be a whole number"),
+        (dict(epochs="1.5"), "epochs is '1.5' but should be a whole number"),
+        (dict(epochs=0), "epochs is 0 but should be greater than 0"),
+        (dict(epochs="None"), "epochs is None but should be a whole number"),
+        (dict(learning_rate="fast"), "learning_rate is 'fast' but should be a number"),
+        (dict(learning_rate="nan"), "learning_rate is 'nan' but should be a finite number"),
+        (dict(trim="perhaps"), "trim is 'perhaps' but should be True or False"),
+        (dict(padding="none"), "padding is 'none' but should be 'batch' or 'clip'"),
+        (dict(pooling_mode="median"), "pooling_mode is 'median' but should be 'mean', 'sum' or 'max'"),
+        (dict(optim="sgd"), "optim is 'sgd' but should be 'adam'"),
+        (dict(scale="ordinal"), "scale is 'ordinal' but should be 'clinical'"),
+        (dict(layer="last"), "layer is 'last' but should be a layer number"),
+        (dict(layer=1.5), "layer is 1.5 but should be"),
+        (dict(test_share=1), "test_share is 1 but should be less than 1"),
+        (dict(clip_length=0, padding="clip"), "clip_length is 0 but padding clip pads to it"),
+        (dict(resume=True, overwrite=True), "resume and overwrite are both set"),
+        (dict(dataset="a/b"), "should be a name without slashes"),
+        (dict(device="gpu"), "device is 'gpu' but should be cuda"),
+        (dict(bach_size=4), "bach_size is not a parameter, did you mean batch_size?"),
+        (dict(zzz=4), "zzz is not a parameter"),
+        (dict(mode="extract"), "mode is 'extract' but should be 'finetune', 'eval-only' or 'extraction'"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(wrong, sentence):
+    values = {"mode": "extraction", **GIVEN, **wrong}
+    with pytest.raises(ConfigError) as e:
+        configure(**values)
+    assert sentence in str(e.value) and "\n" not in str(e.value)
+
+
+def test_all_that_is_wrong_or_missing_is_reported_at_once():
+    with pytest.raises(ConfigError) as e:
+        configure("finetune", prefix="recordings", epochs="three", lr=1, trim="perhaps")
+    for part in ("finetune needs data_split_root, label_txt, exp_dir", "epochs", "lr is not a parameter", "trim"):
+        assert part in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "missing"),
+    [
+        ("finetune", "prefix, data_split_root, label_txt, exp_dir"),
+        ("eval-only", "prefix, data_split_root, exp_dir, mdl_path"),
+        ("extraction", "prefix, data_split_root, exp_dir"),
+    ],
+)
+def test_each_mode_names_what_it_needs(mode, missing):
+    with pytest.raises(ConfigError, match=f"{mode} needs {missing}$"):
+        configure(mode)
+
+
+def test_several_layers_are_for_extraction():
+    with pytest.raises(ConfigError, match="finetune takes one layer"):
+        configure("finetune", **GIVEN, label_txt="l", layer="0,1")
+
+
+def test_a_notebook_s_unknown_names_are_found_in_its_parameter_cells_only():
+    cells = ["import json", "epochs: int = 1", "# Parameters\nbach_size = 4", "other = 3", "%matplotlib inline\nx = 1"]
+    namespace = {"In": cells, **GIVEN, "epochs": 1, "bach_size": 4, "other": 3}
+    with pytest.raises(ConfigError, match="bach_size is not a parameter") as e:
+        read_parameters("extraction", namespace)
+    assert "other" not in str(e.value)
+
+
+def test_defaults_in_a_notebook_count_as_not_given():
+    cell = "prefix = data_split_root = exp_dir = 'a'\nbatch_size: int = 8\nepochs: int = 5"
+    namespace = {"In": [cell], "prefix": "a", "data_split_root": "a", "exp_dir": "a", "batch_size": 8, "epochs": 5}
+    config = read_parameters("extraction", namespace)
+    assert "batch_size" not in config.model_fields_set and config.epochs == 5
+
+
+def test_the_error_shows_in_a_notebook_without_a_traceback():
+    assert ConfigError("wrong")._render_traceback_() == ["ConfigError: wrong"]
+
+
+def test_every_field_has_help_and_a_place():
+    for name, field in Config.model_fields.items():
+        assert field.description, name
+        assert set(field.json_schema_extra["modes"]) <= set(MODES)
+        assert set(field.json_schema_extra["required"]) <= set(field.json_schema_extra["modes"])
+
+
+def test_configuring_takes_neither_torch_nor_pandas():
+    code = "import sys, w2v2nb.config; print({'torch', 'pandas', 'numpy', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

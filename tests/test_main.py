@@ -1,0 +1,107 @@
+"""The command line: forms of a mode, whole-token flags, help, exit statuses."""
+
+import subprocess
+import sys
+
+import pytest
+
+from w2v2nb.__main__ import main, mode_help, read_arguments, top_help
+from w2v2nb.config import MODES, Config, ConfigError
+
+GIVEN = ["-i", "recordings", "-d", "table.csv", "-o", "out"]
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "w2v2nb", *arguments], capture_output=True, text=True, **options)
+
+
+def test_three_ways_to_name_a_mode_are_the_same():
+    forms = (["extraction"], ["--mode", "extraction"], ["-m", "extraction"], ["--mode=extraction"])
+    assert len({read_arguments([*form, *GIVEN]).model_dump_json() for form in forms}) == 1
+    assert read_arguments([*GIVEN, "extraction"]).mode == "extraction"
+
+
+def test_the_default_mode_is_finetune():
+    assert read_arguments([*GIVEN, "-l", "labels.txt"]).mode == "finetune"
+
+
+def test_every_short_flag_is_a_token_of_its_own():
+    flags = "-i a -s b -d c -l d -b e -p f -o g -mp h -c i -pm max -bs 3 -nw 0 -e 5 -lr 0.5 -m finetune".split()
+    config = read_arguments(flags)
+    assert (config.mode, config.mdl_path, config.project_name, config.pooling_mode) == ("finetune", "h", "f", "max")
+    assert (config.bucket_name, config.batch_size, config.epochs, config.learning_rate) == ("e", 3, 5, 0.5)
+
+
+def test_negative_layers_and_bare_booleans():
+    config = read_arguments(["extraction", *GIVEN, "--layer", "-1", "--resume", "--trim", "yes"])
+    assert (config.layer, config.resume, config.trim) == (-1, True, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["-bs8"], "-bs8 is not a flag; did you mean -bs?"),
+        (["-lrr", "3"], "-lrr is not a flag; did you mean -lr?"),
+        (["--epoch", "3"], "--epoch is not a flag; did you mean --epochs?"),
+        (["--epochs", "three"], "epochs is 'three' but should be a whole number"),
+        (["--epochs"], "expected one argument"),
+        (["--trim", "perhaps"], "trim is 'perhaps' but should be True or False"),
+        (["evaluate"], "'evaluate' is not a mode; it should be one of finetune, eval-only, extraction"),
+        (["extraction", "-m", "finetune"], "is not a mode"),
+        (["extraction"], "extraction needs prefix, data_split_root, exp_dir"),
+        ([], "finetune needs prefix, data_split_root, label_txt, exp_dir"),
+        (["extraction", "-i", "gs://bucket/a", "-d", "t.csv", "-o", "out"], "t.csv does not exist"),
+        (["extraction", "-i", "a", "-d", "gs://bucket/t.csv", "-o", "out"], "does not reach Cloud Storage yet"),
+        (["extraction", "-i", "a", "-d", "t.csv", "-o", "s3://bucket/out"], "a path is local or begins with gs://"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(arguments, part, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and part in err and err.count("\n") == 1 and err.startswith("w2v2nb: ")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_mistake_ends_the_process_with_2_and_no_traceback():
+    done = run("extraction", "--epochs", "three")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_flags_that_never_did_anything_are_ignored_with_a_warning(capsys):
+    config = read_arguments(["extraction", *GIVEN, "-n", "3", "-si", "0", "-ei", "-1"])
+    assert config == read_arguments(["extraction", *GIVEN])
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["-n", "-si", "-ei"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_help_is_a_screen_with_every_flag_of_the_mode_and_its_default(mode):
+    screen = mode_help(mode)
+    lines = screen.splitlines()
+    assert len(lines) <= 48 and max(map(len, lines)) <= 120
+    for name, field in Config.model_fields.items():
+        if name == "mode" or mode not in field.json_schema_extra["modes"]:
+            assert f"--{name} " not in screen
+            continue
+        (line,) = [line for line in lines if f" --{name} " in line]
+        assert field.description in line
+        required = mode in field.json_schema_extra["required"]
+        assert line.endswith("(required)" if required else "" if field.default is None else f"[{field.default}]")
+
+
+def test_help_of_all_names_every_mode():
+    assert all(f"w2v2nb {mode}" in top_help() for mode in (*MODES, "demo"))
+    assert len(top_help().splitlines()) <= 24
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from w2v2nb.__main__ import main; main(['finetune', '--help']);"
+        "sys.exit(bool({'torch', 'pandas', 'numpy', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_wrong_configuration_is_not_hidden_by_the_error_class():
+    with pytest.raises(ConfigError):
+        read_arguments(["extraction"])

@@ -1,0 +1,386 @@
+"""Whole runs on the shipped recordings: what each mode writes, what it refuses, and what survives a kill."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from w2v2nb import samples
+from w2v2nb.__main__ import main
+from w2v2nb.config import ConfigError, configure
+from w2v2nb.folder import RunFolder
+from w2v2nb.run import start
+
+SPLITS = samples.split_root()
+LABELS = ["slow rate", "rapid rate", "strained", "breathy", "monopitch"]
+SHIPPED = dict(prefix=samples.prefix(), device="cpu")
+
+
+def read(path):
+    return pd.read_csv(path, dtype={"uid": str, "subject": str})
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    "A split of few recordings: train.csv, val.csv, test.csv, labels.txt."
+    folder = tmp_path_factory.mktemp("small")
+    train, test = read(f"{SPLITS}/train.csv"), read(f"{SPLITS}/test.csv")
+    val = train[train.subject.isin(train.subject.unique()[:2])]
+    for name, table in dict(train=train.drop(val.index).head(24), val=val, test=test.head(16)).items():
+        table.to_csv(folder / f"{name}.csv", index=False)
+    shutil.copy(samples.label_txt(), folder / "labels.txt")
+    return folder
+
+
+def tune(split, exp_dir, **changes):
+    given = dict(SHIPPED, data_split_root=str(split), label_txt=samples.label_txt(), checkpoint=samples.checkpoint())
+    return configure("finetune", **given | dict(exp_dir=str(exp_dir), learning_rate=3e-3) | changes)
+
+
+def embed(table, exp_dir, **changes):
+    given = dict(SHIPPED, data_split_root=str(table), checkpoint=samples.checkpoint(), exp_dir=str(exp_dir))
+    return configure("extraction", **given | changes)
+
+
+@pytest.fixture(scope="module")
+def tuned(small, tmp_path_factory):
+    return start(tune(small, tmp_path_factory.mktemp("tuned"), epochs=3, dataset="clinic", loss="BCE"))
+
+
+def test_finetune_leaves_the_files_of_the_contract(tuned, small):
+    written = {path.name for path in tuned.path.iterdir()}
+    names = ["model", "history.csv", "predictions.csv", "metrics.csv", "failures.csv", "split"]
+    assert written == {"run.json", *(f"clinic_{name}" for name in names)}
+    history = read(tuned / "history.csv")
+    assert list(history) == ["epoch", "train_loss", "validation_loss", "metric", "learning_rate", "seconds"]
+    assert history.epoch.tolist() == [1, 2, 3] and history.notna().all(axis=None)
+    predictions, test = read(tuned / "predictions.csv"), read(small / "test.csv")
+    assert predictions.uid.tolist() == test.uid.tolist() and predictions.uid.str.startswith("000").all()
+    assert list(predictions)[:4] == ["uid", "subject", "slow rate_target", "slow rate_score"]
+    scores = predictions[[f"{label}_score" for label in LABELS]]
+    assert scores.ge(0).all(axis=None) and scores.le(1).all(axis=None)
+    for label in LABELS:
+        pd.testing.assert_series_equal(predictions[f"{label}_target"], test[label], check_names=False, check_dtype=False)
+    metrics = read(tuned / "metrics.csv")
+    assert list(metrics)[:4] == ["Label", "AUC", "n_pos", "n_neg"] and metrics.Label.tolist() == LABELS
+    assert (metrics.n_pos + metrics.n_neg).tolist() == test[LABELS].notna().sum().tolist()
+    assert (tuned / "failures.csv").read_text() == "uid,path,stage,error\n"
+
+
+def test_run_json_explains_the_run(tuned):
+    about = json.loads((tuned.path / "run.json").read_text())
+    assert (about["state"], about["mode"], about["seed"]) == ("finished", "finetune", 0)
+    assert about["counts"] == {"rows": 16, "failures": 0, "shortened": about["counts"]["shortened"]}
+    assert about["parameters"]["epochs"] == 3 and about["parameters"]["padding"] == "batch"
+    assert {"torch", "transformers", "w2v2nb", "python"} <= set(about["versions"])
+    assert {"train.csv", "val.csv", "test.csv", "labels.txt", "weights"} <= set(about["fingerprints"])
+    assert about["seconds"] > 0 and about["finished"] >= about["started"]
+
+
+def test_the_model_scores_the_same_in_a_new_process(tuned, small, tmp_path):
+    arguments = ["eval-only", "-i", samples.prefix(), "-d", str(small), "-mp", str(tuned / "model"), "-o", str(tmp_path / "e")]
+    done = subprocess.run([sys.executable, "-m", "w2v2nb", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = RunFolder(tmp_path / "e")
+    assert done.stdout.splitlines()[-1].startswith("16 rows written")
+    first, again = read(tuned / "predictions.csv"), read(folder / "predictions.csv")
+    pd.testing.assert_frame_equal(first, again, rtol=0, atol=1e-6)
+    assert {path.name for path in folder.path.iterdir()} == {"run.json", *(f"{small.name}_{x}.csv" for x in ("predictions", "metrics", "failures"))}
+
+
+def test_a_fine_tuned_model_s_own_labels_count(tuned, small, tmp_path):
+    (tmp_path / "other.txt").write_text("breathy\nhoarse\n")
+    config = dict(SHIPPED, data_split_root=str(small), mdl_path=str(tuned / "model"), exp_dir=str(tmp_path / "e"))
+    for mode in ("eval-only", "extraction"):
+        with pytest.raises(ConfigError, match="hoarse"):
+            start(configure(mode, **config | dict(data_split_root=str(small / "test.csv")), label_txt=str(tmp_path / "other.txt")))
+    assert start(configure("eval-only", **config, label_txt=samples.label_txt())).about["counts"]["rows"] == 16
+
+
+def test_a_difference_in_how_the_sound_is_treated_is_a_warning(tuned, small, tmp_path, capsys):
+    config = dict(SHIPPED, data_split_root=str(small / "test.csv"), mdl_path=str(tuned / "model"), exp_dir=str(tmp_path / "e"))
+    folder = start(configure("eval-only", **config, clip_length=32000))
+    assert folder.about["warnings"] == ["clip_length is 32000, the model was trained with 160000"]
+    assert "warning: clip_length is 32000" in capsys.readouterr().out
+    assert folder.about["counts"]["shortened"] > 0
+
+
+def test_embeddings_are_those_of_each_recording_alone_in_the_table_s_order(small, tmp_path):
+    from w2v2nb.encoder import Encoder
+    from w2v2nb.transforms import pipeline
+
+    table = read(small / "test.csv").sample(frac=1, random_state=0)
+    table.to_csv(tmp_path / "t.csv", index=False)
+    folder = start(embed(tmp_path / "t.csv", tmp_path / "x", layer="0,2,-1", pooling_mode="max", clip_length=0))
+    stored = pq.read_table(folder / "embeddings.parquet")
+    hidden = Encoder.from_pretrained(samples.checkpoint()).hidden_size
+    assert stored.schema.names == ["uid", "embedding_0", "embedding_2", "embedding_3"]
+    assert stored.schema.field("uid").type == pa.string()
+    assert stored.schema.field("embedding_0").type == pa.list_(pa.float32(), hidden)
+    assert stored["uid"].to_pylist() == table.uid.tolist()
+    about = {key.decode(): value.decode() for key, value in stored.schema.metadata.items()}
+    assert (about["pooling"], about["layers"], about["clip_length"]) == ("max", "[0, 2, 3]", "0") and "weights" in about
+    encoder, transform = Encoder.from_pretrained(samples.checkpoint(), device="cpu"), pipeline(samples.prefix(), clip_length=0)
+    for i in (0, 7):
+        alone = encoder.embed([transform({"uid": table.uid.iloc[i]})["waveform"][0]], layer=[0, 2, -1], pooling="max")[0]
+        rows = [stored[name][i].as_py() for name in stored.schema.names[1:]]
+        np.testing.assert_allclose(np.array(rows), alone.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_one_layer_is_one_column_and_the_model_s_own_encoder_counts(tuned, small, tmp_path):
+    config = embed(small / "test.csv", tmp_path / "x", mdl_path=str(tuned / "model"), checkpoint="no/such-checkpoint")
+    assert pq.read_table(start(config) / "embeddings.parquet").schema.names == ["uid", "embedding"]
+
+
+def test_clip_padding_is_the_original_s_recipe(small, tmp_path):
+    import torch
+    from transformers import Wav2Vec2Model
+
+    from w2v2nb.transforms import pipeline
+
+    read(small / "test.csv").head(3).to_csv(tmp_path / "t.csv", index=False)
+    folder = start(embed(tmp_path / "t.csv", tmp_path / "x", padding="clip", clip_length=48000))
+    stored = pd.read_parquet(folder / "embeddings.parquet")
+    plain, transform = Wav2Vec2Model.from_pretrained(samples.checkpoint()).eval(), pipeline(samples.prefix(), clip_length=48000)
+    for uid, embedding in zip(stored.uid, stored.embedding, strict=True):
+        waveform = transform({"uid": uid})["waveform"][0]
+        padded = torch.cat([waveform, waveform.mean().expand(48000 - len(waveform))])
+        normal = (padded - padded.mean()) / (padded.var(correction=0) + 1e-7).sqrt()
+        with torch.no_grad():
+            expected = plain(normal[None]).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(embedding, expected.numpy(), rtol=1e-4, atol=2e-5)
+
+
+def test_bad_recordings_are_set_aside_and_listed(tmp_path):
+    audio = tmp_path / "audio"
+    good = read(f"{SPLITS}/test.csv").uid[:2].tolist()
+    for uid in good:
+        shutil.copytree(f"{samples.prefix()}/{uid}", audio / uid)
+    (audio / "empty.wav").touch()
+    (audio / "text.wav").write_text("these are words" * 100)
+    import soundfile
+
+    soundfile.write(audio / "short.wav", np.zeros(300) + 0.1, 16000)
+    soundfile.write(audio / "silent.wav", np.zeros(16000), 16000)
+    uids = ["missing", good[0], "empty", "text", "short", "silent", "../outside", good[1]]
+    pd.DataFrame({"uid": uids}).to_csv(tmp_path / "t.csv", index=False)
+    for n_workers in (0, 2):
+        folder = start(embed(tmp_path / "t.csv", tmp_path / f"x{n_workers}", prefix=str(audio), trim=True, num_workers=n_workers))
+        assert pd.read_parquet(folder / "embeddings.parquet").uid.tolist() == good
+        failures = read(folder / "failures.csv").set_index("uid")
+        assert set(failures.index) == set(uids) - set(good)
+        assert folder.about["counts"] == {"rows": 2, "failures": 6, "shortened": 0}
+        assert failures.stage["missing"] == "find" and failures.stage["empty"] == "decode" and failures.stage["silent"] == "trim"
+        assert "400" in failures.error["short"]
+        assert failures.error.str.len().between(20, 400).all()
+
+
+def test_no_row_is_exit_status_1(tmp_path, capsys):
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "t.csv").write_text("uid\nnobody\n")
+    arguments = ["-i", str(tmp_path / "audio"), "-d", str(tmp_path / "t.csv"), "-c", samples.checkpoint(), "-o", str(tmp_path / "x")]
+    assert main(["extraction", *arguments]) == 1
+    assert "0 rows written" in capsys.readouterr().out.splitlines()[-1]
+    assert not (tmp_path / "x" / "t_embeddings.parquet").exists() and (tmp_path / "x" / "t_failures.csv").exists()
+
+
+def test_training_recordings_that_cannot_be_read_leave_no_model(tmp_path, small):
+    (tmp_path / "audio").mkdir()
+    folder = start(tune(small, tmp_path / "x", prefix=str(tmp_path / "audio")))
+    assert folder.about["counts"]["rows"] == 0 and not (folder / "model").exists()
+    assert len(read(folder / "failures.csv")) == 36
+
+
+def test_one_folder_one_run(tuned, small, tmp_path):
+    for config in (tune(small, tuned.path), embed(small / "test.csv", tuned.path, dataset="other")):
+        with pytest.raises(ConfigError, match="already holds a run .finetune, finished.: give exp_dir another folder"):
+            start(config)
+    folder = start(embed(small / "test.csv", tmp_path / "x"))
+    (folder.path / "notes.txt").write_text("mine")
+    replaced = start(embed(small / "test.csv", tmp_path / "x", overwrite=True, dataset="new"))
+    assert {path.name for path in replaced.path.iterdir()} == {"run.json", "notes.txt", "new_embeddings.parquet", "new_failures.csv"}
+
+
+def test_a_resume_with_other_parameters_is_refused_with_the_difference(small, tmp_path, capsys):
+    start(embed(small / "test.csv", tmp_path / "x"))
+    with pytest.raises(ConfigError, match="trim was False, now True; resume with the same"):
+        start(embed(small / "test.csv", tmp_path / "x", resume=True, trim=True))
+    before = (tmp_path / "x" / "run.json").read_text()
+    assert start(embed(small / "test.csv", tmp_path / "x", resume=True)).about["counts"]["rows"] == 16
+    assert "nothing left to do" in capsys.readouterr().out and (tmp_path / "x" / "run.json").read_text() == before
+
+
+def kill_when(arguments, happened):
+    "Start a run in a process of its own and kill it (SIGKILL) once `happened()`."
+    process = subprocess.Popen([sys.executable, "-m", "w2v2nb", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    while not happened() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    was_running = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert was_running, f"the run ended before it could be killed: {errors.decode()}"
+
+
+def test_a_killed_extraction_resumes_to_the_same_table(tmp_path):
+    table = read(f"{SPLITS}/train.csv")
+    paths = [f"{uid}/{name.name}" for uid in table.uid for name in __import__("pathlib").Path(samples.prefix(), uid).glob("waveform.*")]
+    rows = pd.DataFrame({"uid": [f"{i:05}" for i in range(len(paths) * 6)], "path": paths * 6})
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    arguments = ["extraction", "-i", samples.prefix(), "-d", str(tmp_path / "t.csv"), "-c", samples.checkpoint(), "--device", "cpu"]
+    killed = [*arguments, "-o", str(tmp_path / "killed")]
+    kill_when(killed, lambda: list((tmp_path / "killed").glob("t_work/part-*.parquet")))
+    assert RunFolder(tmp_path / "killed").about["state"] == "running"
+    assert not (tmp_path / "killed" / "t_embeddings.parquet").exists()
+    n_done = sum(pq.read_metadata(part).num_rows for part in (tmp_path / "killed").glob("t_work/part-*.parquet"))
+    assert 0 < n_done < len(rows)
+    assert main([*killed, "--resume"]) == 0
+    assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0
+    resumed, whole = (pd.read_parquet(tmp_path / name / "t_embeddings.parquet") for name in ("killed", "whole"))
+    assert resumed.uid.tolist() == whole.uid.tolist() == rows.uid.tolist()
+    np.testing.assert_allclose(np.stack(resumed.embedding), np.stack(whole.embedding), rtol=0, atol=1e-5)
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_a_killed_training_resumes_to_the_same_model(small, tmp_path):
+    from safetensors.numpy import load_file
+
+    arguments = ["finetune", "-i", samples.prefix(), "-d", str(small), "-l", samples.label_txt(), "-c", samples.checkpoint()]
+    arguments += ["-e", "8", "-lr", "0.003", "--dataset", "s", "--device", "cpu"]
+    killed, history = [*arguments, "-o", str(tmp_path / "killed")], tmp_path / "killed" / "s_history.csv"
+    kill_when(killed, lambda: history.exists() and len(read(history)) >= 2)
+    assert len(read(history)) < 8
+    assert main([*killed, "--resume"]) == 0
+    assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0
+    folders = [RunFolder(tmp_path / name) for name in ("killed", "whole")]
+    first, second = (read(folder / "history.csv").drop(columns="seconds") for folder in folders)
+    pd.testing.assert_frame_equal(first, second)
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in folders]
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+    pd.testing.assert_frame_equal(*(read(folder / "predictions.csv") for folder in folders))
+
+
+def test_subjects_on_both_sides_are_refused_before_any_work(small, tmp_path):
+    split = shutil.copytree(small, tmp_path / "split")
+    test, train = read(split / "test.csv"), read(split / "train.csv")
+    test.loc[0, "subject"] = train.subject[0]
+    test.to_csv(split / "test.csv", index=False)
+    with pytest.raises(ConfigError, match="(?s)1 .*--allow_overlap"):
+        start(tune(split, tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+    assert start(tune(split, tmp_path / "x", allow_overlap=True)).about["counts"]["rows"] == 16
+
+
+def test_one_table_is_split_by_the_group_and_the_split_is_kept(tmp_path):
+    table = read(f"{SPLITS}/train.csv")
+    table["pair"] = table.subject.map({s: i // 2 for i, s in enumerate(table.subject.unique())})
+    table.to_csv(tmp_path / "all.csv", index=False)
+    folder = start(tune(tmp_path / "all.csv", tmp_path / "x", group="pair", val_share=0.25, test_share=0.3))
+    parts = {part: read(folder / "split" / f"{part}.csv") for part in ("train", "val", "test")}
+    pairs = [set(part.pair) for part in parts.values()]
+    assert not pairs[0] & pairs[1] | pairs[0] & pairs[2] | pairs[1] & pairs[2]
+    assert sorted(uid for part in parts.values() for uid in part.uid) == sorted(table.uid)
+    assert read(folder / "predictions.csv").uid.tolist() == parts["test"].uid.tolist()
+    assert read(folder / "history.csv").metric.notna().all()
+
+
+def test_a_label_with_one_class_has_an_empty_auc_and_a_reason(small, tmp_path):
+    split = shutil.copytree(small, tmp_path / "split")
+    test = read(split / "test.csv").assign(strained=1, breathy=np.nan)
+    test.to_csv(split / "test.csv", index=False)
+    metrics = read(start(tune(split, tmp_path / "x")) / "metrics.csv").set_index("Label")
+    assert metrics.AUC[["strained", "breathy"]].isna().all() and metrics.reason[["strained", "breathy"]].notna().all()
+    assert metrics.AUC[["slow rate", "monopitch"]].notna().all()
+
+
+def test_clinical_ratings_of_several_raters(small, tmp_path):
+    split = tmp_path / "split"
+    split.mkdir()
+    for name in ("train", "test"):
+        table = read(small / f"{name}.csv")
+        first = table.assign(**{label: table[label].map({0: 1, 1: 3}).fillna(6) for label in LABELS})
+        second = table.assign(**dict.fromkeys(LABELS, -1))
+        pd.concat([first, second]).to_csv(split / f"{name}.csv", index=False)
+    with pytest.raises(ConfigError, match="--scale clinical"):
+        start(tune(split, tmp_path / "no"))
+    predictions = read(start(tune(split, tmp_path / "x", scale="clinical")) / "predictions.csv")
+    expected = read(small / "test.csv")
+    assert predictions.uid.tolist() == expected.uid.tolist()
+    for label in LABELS:
+        pd.testing.assert_series_equal(predictions[f"{label}_target"], expected[label], check_names=False, check_dtype=False)
+
+
+def test_labels_file_forms_and_separate_heads(small, tmp_path):
+    from w2v2nb.model import Classifier
+
+    (tmp_path / "groups.txt").write_text("slow rate, rapid rate\n\nbreathy,\n")
+    folder = start(tune(small, tmp_path / "a", label_txt=str(tmp_path / "groups.txt")))
+    assert Classifier.load(folder / "model").classifiers == [["slow rate", "rapid rate"], ["breathy"]]
+    folder = start(tune(small, tmp_path / "b", separate_heads=True))
+    assert Classifier.load(folder / "model").classifiers == [[label] for label in LABELS]
+
+
+def test_a_batch_of_one_and_workers_give_the_same(small, tmp_path):
+    one = start(embed(small / "test.csv", tmp_path / "one", batch_size=1))
+    two = start(embed(small / "test.csv", tmp_path / "two", num_workers=2, batch_size=5))
+    first, second = (pd.read_parquet(folder / "embeddings.parquet") for folder in (one, two))
+    np.testing.assert_allclose(np.stack(first.embedding), np.stack(second.embedding), rtol=0, atol=1e-5)
+
+
+def test_an_unfrozen_encoder_is_trained_and_saved(small, tmp_path):
+    from w2v2nb.encoder import Encoder
+    from w2v2nb.model import Classifier
+
+    folder = start(tune(small, tmp_path / "x", freeze=False, epochs=1))
+    before = Encoder.from_pretrained(samples.checkpoint(), device="cpu").state_dict()
+    after = Classifier.load(folder / "model", device="cpu").encoder.state_dict()
+    moved = [name for name in before if not np.array_equal(before[name].numpy(), after[name].numpy())]
+    assert len(moved) > 0.9 * len(before)
+
+
+def test_the_test_table_never_chooses_the_epoch(small, tmp_path):
+    split = shutil.copytree(small, tmp_path / "split")
+    other = read(split / "test.csv")
+    other[LABELS] = 1 - other[LABELS]
+    other.to_csv(split / "test.csv", index=False)
+    first, second = (start(tune(s, tmp_path / name, epochs=3)) for s, name in ((small, "a"), (split, "b")))
+    pd.testing.assert_frame_equal(*(read(f / "history.csv").drop(columns="seconds") for f in (first, second)))
+    scores = [read(f / "predictions.csv").filter(like="_score") for f in (first, second)]
+    pd.testing.assert_frame_equal(*scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(prefix="no/such/folder"), "there is no folder no/such/folder"),
+        (dict(study="nowhere"), "there is no folder"),
+        (dict(checkpoint="no/such-checkpoint"), "hf download no/such-checkpoint"),
+        (dict(layer=4), "this model has layers 0 to 3"),
+        (dict(data_split_root="."), "is a folder; extraction takes one CSV"),
+        (dict(bucket_name="bucket"), "does not reach Cloud Storage yet"),
+        (dict(mdl_path=samples.checkpoint()), "is a checkpoint, not a fine-tuned model"),
+        (dict(precision="fp16"), "fp16 needs a CUDA device"),
+    ],
+)
+def test_a_wrong_input_stops_the_run_before_anything_is_written(small, tmp_path, changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        start(embed(small / "test.csv", tmp_path / "x", **changes))
+    assert not (tmp_path / "x").exists()
+
+
+def test_demo_takes_the_three_modes_to_the_end(tmp_path, capsys):
+    assert main(["demo", str(tmp_path / "demo")]) == 0
+    out = capsys.readouterr().out
+    for name in ("samples_model", "samples_metrics.csv", "test_metrics.csv", "test_embeddings.parquet"):
+        assert name in out and list((tmp_path / "demo").glob(f"*/{name}"))
+    assert "not evidence" in out and "w2v2nb finetune -i RECORDINGS" in out
+    metrics = read(tmp_path / "demo" / "eval" / "test_metrics.csv").set_index("Label")
+    assert metrics.AUC["rapid rate"] > 0.7

@@ -1,0 +1,104 @@
+"""The run notebooks through papermill, in a real kernel, from another folder than their own."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import papermill
+import pytest
+
+from w2v2nb import samples
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "nbs" / "runs"
+spec = importlib.util.spec_from_file_location("parameters", ROOT / "tools" / "parameters.py")
+parameters = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(parameters)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    for name, n in (("train", 16), ("test", 12)):
+        pd.read_csv(f"{samples.split_root()}/{name}.csv", dtype={"uid": str}).head(n).to_csv(folder / f"{name}.csv", index=False)
+    shutil.copy(samples.label_txt(), folder / "labels.txt")
+    return folder
+
+
+def run(name, tmp_path, **values):
+    "Execute a run notebook in `tmp_path`; return the executed notebook."
+    out = tmp_path / f"{name}_out.ipynb"
+    papermill.execute_notebook(RUNS / f"{name}.ipynb", out, values, cwd=tmp_path, progress_bar=False, kernel_name="python3")
+    return json.loads(out.read_text())
+
+
+def mimes(notebook):
+    return {mime for cell in notebook["cells"] for output in cell.get("outputs", []) for mime in output.get("data", {})}
+
+
+def text(notebook):
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return "\n".join("".join(o.get("text", [])) + "".join(o.get("data", {}).get("text/plain", [])) for o in outputs)
+
+
+@pytest.mark.parametrize(("stem", "mode"), parameters.RUNS.items())
+def test_the_parameters_cell_is_the_configuration_s(stem, mode):
+    notebook = json.loads((RUNS / f"{stem}.ipynb").read_text())
+    (cell,) = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    assert "".join(cell["source"]) == parameters.parameters_cell(mode)
+
+
+@pytest.mark.parametrize("stem", [*parameters.RUNS, "quickstart"])
+def test_papermill_s_help_knows_every_parameter_with_its_type_and_help(stem):
+    for name, about in papermill.inspect_notebook(str(RUNS / f"{stem}.ipynb")).items():
+        assert about["inferred_type_name"] in ("str", "int", "float", "bool"), name
+        assert about["help"], name
+
+
+def test_finetune_then_evaluate_then_extract(split, tmp_path):
+    given = dict(prefix=samples.prefix(), data_split_root=str(split), device="cpu")
+    tuned = run("finetune", tmp_path, **given, label_txt=str(split / "labels.txt"), checkpoint=samples.checkpoint(),
+                exp_dir="tuned", dataset="few", epochs="2", learning_rate="3e-3", freeze="true")  # fmt: skip
+    assert {"image/png", "text/html"} <= mimes(tuned) and "audio" in json.dumps(tuned)
+    about = json.loads((tmp_path / "tuned" / "run.json").read_text())
+    assert about["state"] == "finished" and about["parameters"]["learning_rate"] == 0.003 and about["counts"]["rows"] == 12
+
+    run("evaluate", tmp_path, **given, mdl_path="tuned/few_model", exp_dir="measured")
+    first, again = (pd.read_csv(tmp_path / f) for f in ("tuned/few_predictions.csv", f"measured/{split.name}_predictions.csv"))
+    pd.testing.assert_frame_equal(first, again, rtol=0, atol=1e-6)
+
+    given["data_split_root"] = str(split / "test.csv")
+    extracted = run("extract", tmp_path, **given, mdl_path="tuned/few_model", exp_dir="embeddings", layer="0,-1")
+    table = pd.read_parquet(tmp_path / "embeddings" / "test_embeddings.parquet")
+    assert len(table) == 12 and list(table) == ["uid", "embedding_0", "embedding_3"] and "(12, 80)" in text(extracted)
+
+
+def test_quickstart_needs_no_parameters(tmp_path):
+    notebook = run("quickstart", tmp_path, epochs=2)
+    assert "image/png" in mimes(notebook) and "monopitch" in text(notebook)
+    assert {path.name for path in tmp_path.iterdir()} == {"quickstart_out.ipynb"}
+
+
+@pytest.mark.parametrize(
+    ("stem", "values", "sentences"),
+    [
+        ("finetune", {}, ["ConfigError: finetune needs prefix, data_split_root, label_txt, exp_dir"]),
+        ("evaluate", {}, ["ConfigError: eval-only needs prefix, data_split_root, exp_dir, mdl_path"]),
+        (
+            "extract",
+            dict(prefix="a", data_split_root="b.csv", exp_dir="out", bach_size=4, epochs=2, clip_length="three", trim="perhaps"),
+            ["bach_size is not a parameter, did you mean batch_size?", "clip_length is 'three' but should be a whole number", "trim"],
+        ),
+    ],
+)
+def test_wrong_parameters_stop_before_any_work_with_one_sentence(tmp_path, stem, values, sentences):
+    with pytest.raises(papermill.PapermillExecutionError) as e:
+        run(stem, tmp_path, **values)
+    assert e.value.ename == "ConfigError"
+    assert all(sentence in str(e.value) for sentence in sentences)
+    executed = json.loads((tmp_path / f"{stem}_out.ipynb").read_text())
+    (error,) = [o for c in executed["cells"] for o in c.get("outputs", []) if o.get("output_type") == "error"]
+    assert len(error["traceback"]) == 1 and "\n" not in error["traceback"][0]
+    assert not (tmp_path / "out").exists()
