@@ -46,7 +46,7 @@ wheel: $(READY) ## build dist/*.whl
 	$(BIN)/python -m pip wheel --no-deps -w dist .
 
 constraints: ## resolve constraints.txt anew (needs uv)
-	tools/constraints.sh
+	python3 tools/constraints.py
 
 clean: ## remove what can be made again
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache

@@ -209,7 +209,7 @@ def test_refused_arguments(checkpoints, recordings):
 
 def test_layers_in_any_order(checkpoints, recordings):
     encoder = Encoder.from_pretrained(checkpoints["wav2vec2-stable"], device="cpu")
-    several = encoder.embed(recordings, [3, 0, -1, 3])
+    several = encoder.embed(recordings, (3, 0, -1, 3))
     for position, layer in enumerate([3, 0, 3, 3]):
         assert torch.equal(several[:, position], encoder.embed(recordings, layer))
     assert torch.equal(encoder.embed(recordings), encoder.embed(recordings, 3))

@@ -64,7 +64,8 @@ def test_embeddings_do_not_depend_on_the_batch(encoder, tmp_path):
         assert extract(encoder, batches(**options), tmp_path / name, layers=[0, 2, -1], pooling="max") == []
         merge_parts(tmp_path / name, tmp_path / f"{name}.parquet", {})
         table = pq.read_table(tmp_path / f"{name}.parquet")
-        assert table["uid"].to_pylist() == TABLE.uid.tolist() and table.schema.names[1:] == ["embedding_0", "embedding_2", "embedding_3"]
+        assert table["uid"].to_pylist() == TABLE.uid.tolist()
+        assert table.schema.names[1:] == ["embedding_0", "embedding_2", "embedding_3"]
         found.append(np.stack([np.stack(table[c].to_numpy()) for c in table.schema.names[1:]]))
     np.testing.assert_allclose(*found, atol=1e-5, rtol=1e-5)
 

@@ -30,7 +30,8 @@ def test_three_modes_on_unseen_speakers(name, tmp_path):
         table = read(DATA / name / f"{part}.csv")
         table.sample(n, random_state=0).sort_index().to_csv(tmp_path / f"{part}.csv", index=False)
     labels = str(DATA / name / "labels.txt")
-    tuned = start(configure("finetune", **given(name), data_split_root=str(tmp_path), label_txt=labels, exp_dir=str(tmp_path / "t")))
+    where = dict(data_split_root=str(tmp_path), exp_dir=str(tmp_path / "t"))
+    tuned = start(configure("finetune", **given(name), **where, label_txt=labels))
     predictions, test = read(tuned / "predictions.csv"), read(tmp_path / "test.csv")
     assert predictions.uid.tolist() == test.uid.tolist() and not set(test.subject) & set(read(tmp_path / "train.csv").subject)
     assert np.isfinite(predictions.filter(like="_score")).all(axis=None) and tuned.about["counts"]["failures"] == 0
@@ -46,7 +47,8 @@ def test_three_modes_on_unseen_speakers(name, tmp_path):
 
 def test_extraction_without_subjects(tmp_path):
     read(DATA / "coffee" / "all.csv").head(30).to_csv(tmp_path / "t.csv", index=False)
-    folder = start(configure("extraction", **given("coffee"), data_split_root=str(tmp_path / "t.csv"), exp_dir=str(tmp_path / "x")))
+    where = dict(data_split_root=str(tmp_path / "t.csv"), exp_dir=str(tmp_path / "x"))
+    folder = start(configure("extraction", **given("coffee"), **where))
     assert folder.about["counts"]["rows"] == 30
 
 

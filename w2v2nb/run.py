@@ -16,7 +16,7 @@ import torch
 
 from . import storage
 from .batch import Batches, Failure
-from .config import Config, checking, configure
+from .config import Config, checking
 from .data import PARTS, read_targets, save_split
 from .evaluate import evaluate
 from .extract import extract, merge_parts, rows_done
