@@ -39,7 +39,7 @@ def metrics_table(
     "Table with `Label`, `AUC`, `n_pos`, `n_neg` and more, one row per label; see `metrics.auc_table`."
     targets = predictions[[f"{label}_target" for label in labels]].to_numpy(dtype=float)
     scores = predictions[[f"{label}_score" for label in labels]].to_numpy(dtype=float)
-    return auc_table(targets, scores, labels)
+    return auc_table(targets, scores, labels, groups=predictions.get("subject"))
 
 # %% ../nbs/11_evaluate.ipynb #0a557a1f
 def evaluate(
