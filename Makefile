@@ -17,7 +17,8 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "make setup: $(PYTHON) should be Python 3.10 to 3.13; say which with: make setup PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --upgrade -c constraints.txt -e '.[dev]'
+	@echo "installing into $(VENV): a few minutes and about 5 GB the first time, most of it torch"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
 demo: $(READY) ## fine-tune, evaluate and extract on the shipped recordings, offline, in two minutes
