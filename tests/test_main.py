@@ -105,3 +105,9 @@ def test_help_loads_nothing_heavy():
 def test_a_wrong_configuration_is_not_hidden_by_the_error_class():
     with pytest.raises(ConfigError):
         read_arguments(["extraction"])
+
+
+def test_version_is_the_settings_one(capsys):
+    import w2v2nb
+
+    assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == w2v2nb.__version__

@@ -392,5 +392,12 @@ def test_demo_takes_the_three_modes_to_the_end(tmp_path, capsys):
     for name in ("samples_model", "samples_metrics.csv", "test_metrics.csv", "test_embeddings.parquet"):
         assert name in out and list((tmp_path / "demo").glob(f"*/{name}"))
     assert "not evidence" in out and "w2v2nb finetune -i RECORDINGS" in out
-    metrics = read(tmp_path / "demo" / "eval" / "test_metrics.csv").set_index("Label")
+    metrics = read(tmp_path / "demo" / "eval-only" / "test_metrics.csv").set_index("Label")
     assert metrics.AUC["rapid rate"] > 0.7
+
+
+def test_demo_does_not_replace_a_person_s_own_run(tmp_path, small, capsys):
+    shutil.copytree(samples.prefix(), tmp_path / "mine")
+    start(embed(small / "test.csv", tmp_path / "demo" / "finetune", prefix=str(tmp_path / "mine")))
+    assert main(["demo", str(tmp_path / "demo")]) == 2
+    assert "already holds a run" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from difflib import get_close_matches
+from importlib.metadata import version
 from typing import Literal, get_args, get_origin
 
 from .config import MODES, Config, ConfigError, configure
@@ -119,7 +120,11 @@ def demo(
     "Fine-tune, evaluate and extract on the shipped recordings, offline."
     import shlex
 
-    from w2v2nb import run, samples
+    import pandas as pd
+
+    from w2v2nb import samples
+    from w2v2nb.folder import RunFolder
+    from w2v2nb.run import start
 
     test, recordings = f"{samples.split_root()}/test.csv", ["-i", samples.prefix()]
     model = f"{folder}/finetune/samples_model"
@@ -131,11 +136,16 @@ def demo(
         "extraction": ["-d", test, "-mp", model, "--layer", "0,-1"],
     }
     print("Synthetic voices and an untrained encoder: for trying things, not evidence.")
+    done = []
     for mode, flags in commands.items():
-        arguments = [mode, *recordings, *flags, "-o", f"{folder}/{mode.split('-')[0]}"]
+        arguments = [mode, *recordings, *flags, "-o", f"{folder}/{mode}"]
         print(f"\n$ w2v2nb {shlex.join(arguments)}", flush=True)
-        done = run.start(read_arguments([*arguments, "--overwrite"]))
-        print("written:", *(str(file) for file in done.files()), sep="\n  ")
+        old = RunFolder(f"{folder}/{mode}").about.get("parameters", {})
+        again = ["--overwrite"] if old.get("prefix") == samples.prefix() else []  # a person's own run is not replaced
+        done.append(start(read_arguments([*arguments, *again])))
+    metrics = pd.read_csv(done[1] / "metrics.csv")[["Label", "AUC", "n_pos", "n_neg"]]
+    print("\nOn voices it has not heard:", metrics.to_string(index=False, float_format="{:.2f}".format), sep="\n")
+    print("\nWritten:", *(file for run in done for file in (run.path / "run.json", *run.files())), sep="\n  ")
     print(NEXT)
 
 
@@ -156,6 +166,9 @@ def main(
             mode = next((word for word in arguments if word in MODES), None)
             print(mode_help(mode) if mode else top_help())
             return 0
+        if arguments == ["--version"]:
+            print(version("w2v2nb"))
+            return 0
         if arguments[:1] == ["demo"]:
             demo(*arguments[1:2])
             return 0
@@ -166,6 +179,9 @@ def main(
     except ConfigError as e:
         print(f"w2v2nb: {e}", file=sys.stderr)
         return 2
+    except FloatingPointError as e:
+        print(f"w2v2nb: {e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("w2v2nb: interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130

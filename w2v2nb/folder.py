@@ -40,6 +40,8 @@ class RunFolder:
         self.about = json.loads(storage.read_text(record)) if record.exists() else {}
 
     def __truediv__(self, output: str) -> Path:
+        if not self.about:
+            raise FileNotFoundError(f"{self.path} holds no run (no run.json); give the exp_dir of a run")
         return self.path / f"{self.about['name']}_{output}"
 
     def __repr__(self) -> str:
@@ -129,6 +131,8 @@ def recording(
     "Context manager around the work: yields the work folder; run.json says running, then how it ended."
     if config.overwrite and folder.about:
         remove(folder)
+    for leftover in folder.path.glob(f".{run_name(config)}_*"):  # of a process that was killed while writing
+        shutil.rmtree(leftover)
     started = time.monotonic()
     about = dict(mode=config.mode, name=run_name(config), state="running", parameters=config.model_dump(), seed=config.seed)
     about["versions"] = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
