@@ -14,6 +14,7 @@ import torch
 
 from w2v2nb.batch import Batches, Item, Reader, collate, cut, cut_stream
 from w2v2nb.transforms import RecordingError
+from w2v2nb.workers import WorkerError
 
 LENGTHS = np.random.default_rng(0).integers(100, 5000, size=200)
 
@@ -43,6 +44,7 @@ class Fake:
             sample_rate=self.rate,
             targets=np.full(self.n_labels, np.nan, np.float32),
             is_shortened=i % 10 == 0,
+            **({"metadata_problem": f"{self.uids[i]}: metadata.json says 8 Hz"} if i % 50 == 0 else {}),
         )
 
 
@@ -189,6 +191,8 @@ def test_failures_are_listed_and_the_rest_comes(num_workers):
             (i, f"{i:06}", f"{i:06}.wav", "decode", "not audio") for i in (0, 7, 199)
         ]
         assert batches.n_shortened == 19
+        # of the recordings that were read, each once, not added to those of the pass before
+        assert sorted(batches.metadata_problems) == [f"{i:06}: metadata.json says 8 Hz" for i in (50, 100, 150)]
 
 
 def test_all_recordings_bad():
@@ -204,6 +208,13 @@ def test_workers_give_the_same_batches():
         for a, b in zip(plain, workers, strict=True):
             assert a.uids == b.uids and torch.equal(a.waveform, b.waveform) and torch.equal(a.lengths, b.lengths)
     assert torch.equal(torch.get_rng_state(), state), "workers moved torch's random numbers"
+
+
+def test_a_batch_moves_whole():
+    batch = collate([Item(0, "a", np.ones(3, np.float32), np.zeros(1, np.float32))])
+    moved = batch.to("meta")
+    assert {tensor.device.type for tensor in (moved.waveform, moved.lengths, moved.targets, moved.mask)} == {"meta"}
+    assert moved.uids == ["a"] and batch.waveform.device.type == "cpu"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -266,8 +277,9 @@ def test_workers_end_with_their_batches():
 
 def test_killed_worker_is_an_error_and_not_a_hang():
     start = time.time()
-    with pytest.raises(RuntimeError, match="worker"):
+    with pytest.raises(WorkerError, match="ended before its time.*num_workers.*DataLoader worker") as caught:
         list(Batches(Fake(kill=60), max_items=8, num_workers=2))
+    assert isinstance(caught.value, RuntimeError) and "\n" not in str(caught.value)
     assert time.time() - start < 60
     assert wait_until_alone()
 

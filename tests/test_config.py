@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +92,16 @@ def test_each_mode_names_what_it_needs(mode, missing):
         configure(mode)
 
 
+@pytest.mark.parametrize("blank", ["", " ", "None", None])
+def test_a_blank_required_value_is_missing(blank):
+    with pytest.raises(ConfigError, match="^extraction needs exp_dir$"):
+        configure("extraction", **GIVEN | {"exp_dir": blank})
+
+
+def test_paths_may_be_path_objects():
+    assert configure("extraction", **GIVEN | {"exp_dir": Path("a") / "b"}).exp_dir == "a/b"
+
+
 def test_several_layers_are_for_extraction():
     with pytest.raises(ConfigError, match="finetune takes one layer"):
         configure("finetune", **GIVEN, label_txt="l", layer="0,1")
@@ -102,6 +113,22 @@ def test_a_notebook_s_unknown_names_are_found_in_its_parameter_cells_only():
     with pytest.raises(ConfigError, match="bach_size is not a parameter") as e:
         read_parameters("extraction", namespace)
     assert "other" not in str(e.value)
+
+
+def test_a_corrected_cell_is_read_as_it_was_run_last():
+    given = {**GIVEN, "epochs": 1, "bach_size": 4}
+    own = ("epochs = 1\nbach_size = 4", "epochs = 1\nbatch_size = 4")
+    for wrong, right in (own, ("# Parameters\nbach_size = 4", "# Parameters")):
+        cells = ["prefix = data_split_root = exp_dir = 'a'", wrong]
+        with pytest.raises(ConfigError, match="bach_size is not a parameter"):
+            read_parameters("extraction", {"In": cells, **given})
+        assert read_parameters("extraction", {"In": [*cells, right], **given}).prefix == "recordings"
+
+
+def test_a_notebook_is_of_one_mode():
+    cell = "# Parameters\nmode = 'extraction'"
+    with pytest.raises(ConfigError, match="this notebook runs finetune"):
+        read_parameters("finetune", {"In": [cell], "mode": "extraction"})
 
 
 def test_defaults_in_a_notebook_count_as_not_given():

@@ -18,6 +18,7 @@ from w2v2nb.data import (
     merge_raters,
     read_annotations,
     read_features,
+    read_groups,
     read_labels,
     read_split,
     read_targets,
@@ -232,6 +233,35 @@ def test_groups_of_very_different_size():
     assert set(held["subject"]) < {f"s{i}" for i in range(40)} and abs(len(held) - 20) <= 2
 
 
+def pairs_of_few_subjects(**columns):
+    "Forty rows, each a pair of its own, of eight subjects."
+    rows = range(40)
+    table = pd.DataFrame({"uid": [f"u{i}" for i in rows], "pair": [f"p{i}" for i in rows], "a": [i // 8 % 2 for i in rows]})
+    return table.assign(**{"subject": [f"s{i % 8}" for i in rows], **columns})
+
+
+def test_no_subject_is_divided_when_another_group_is_kept_together():
+    for seed in range(5):
+        rest, held = split_by_group(pairs_of_few_subjects(), ["a"], share=0.25, group="pair", seed=seed)
+        assert len(held) == 10 and not set(rest["subject"]) & set(held["subject"])
+        check_disjoint(rest, held, "pair")
+
+
+def test_groups_and_subjects_hold_together_over_several_steps():
+    pairs, subjects = list("aabbccd"), ["s1", "s2", "s2", "s3", "s4", None, None]
+    table = pd.DataFrame({"uid": list("1234567"), "pair": pairs, "subject": subjects}, index=[3] * 7)
+    assert read_groups(table, "pair").tolist() == [0, 0, 0, 0, 1, 1, 2]
+    assert read_groups(table.assign(subject=None), "pair").tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert read_groups(table.drop(columns="subject"), "pair").tolist() == [0, 0, 1, 1, 2, 2, 3]
+    with pytest.raises(ValueError, match="subject is empty for uid 6, 7;"):
+        read_groups(table, "subject")
+
+
+def test_groups_that_all_hang_together_cannot_be_split():
+    with pytest.raises(ValueError, match="pair has groups that share subjects"):
+        split_by_group(pairs_of_few_subjects(subject="s"), ["a"], group="pair")
+
+
 @pytest.mark.parametrize(
     "change, kwargs, match",
     [
@@ -269,6 +299,23 @@ def test_shared_subjects_are_counted_and_located():
     assert "train.csv and test.csv share 2 subjects" in message and "--allow_overlap" in message
     assert "train.csv: r0, r1, r2, r3, r4 and 3 more; test.csv: t0, t1)" in message
     assert "anna" not in message, "no identifiers beyond the uid"
+
+
+def test_another_group_does_not_switch_the_subject_check_off():
+    train = table_of("ab", ["s1", "s2"], pair=["p", "q"])
+    test = table_of("cd", ["s1", "s3"], pair=["r", "s"])
+    with pytest.raises(ValueError, match="share 1 subject .*train.csv: a; test.csv: c"):
+        check_disjoint(train, test, group="pair")
+    check_disjoint(train.drop(columns="subject"), test, group="pair")
+
+
+@pytest.mark.parametrize("group", ["subject", "pair", "not there"])
+def test_overlap_is_allowed_for_people_but_never_for_recordings(group):
+    train, test = table_of("ab", ["s1", "s2"], pair=["p", "q"]), table_of("cd", ["s1", "s3"], pair=["p", "r"])
+    check_disjoint(train, test, group, allow_overlap=True)
+    with pytest.raises(ValueError, match="share 1 uid ") as e:
+        check_disjoint(train, test.assign(uid=["c", "b"]), group, allow_overlap=True)
+    assert "allow_overlap" not in str(e.value)
 
 
 def test_shared_recordings_are_refused_with_and_without_subjects():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CLASSES, VARIANTS, make_model, save_checkpoint
 
-from w2v2nb.backbone import count_frames
+from w2v2nb.backbone import count_frames, pick_device, refuse_short
 from w2v2nb.encoder import Encoder, group_by_length, pool
 from w2v2nb.transforms import normalize
 
@@ -207,6 +207,26 @@ def test_refused_arguments(checkpoints, recordings):
         Encoder.from_pretrained(checkpoints["wav2vec2"], precision="fp16", device="cpu")
 
 
+@pytest.mark.parametrize("n_cuda, has_mps", [(0, False), (2, False), (0, True)])
+def test_devices(monkeypatch, n_cuda, has_mps):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n_cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    there = ["cpu", *["cuda", "cuda:0", "cuda:1"] * (n_cuda == 2), *["mps"] * has_mps]
+    for wish in there:
+        assert pick_device(wish) == pick_device(torch.device(wish)) == torch.device(wish)
+    assert pick_device() == torch.device("cuda" if n_cuda else "mps" if has_mps else "cpu")
+    for wish in {"cuda", "cuda:0", "cuda:2", "cuda:7", "cuda:-1", "mps", "mps:1", "meta", "gpu", "the big one", ""} - set(there):
+        with pytest.raises(ValueError, match=f"device {wish} is not there; this machine has .*cpu: name one of these") as e:
+            pick_device(wish)
+        assert "\n" not in str(e.value) and ("cuda:1" in str(e.value)) == (n_cuda == 2 or wish == "cuda:1")
+
+
+def test_many_short_recordings_are_not_all_named():
+    with pytest.raises(ValueError, match=r"by position: 0 \(3 samples\), .* and 35 more; a recording should have"):
+        refuse_short([3] * 40, 400)
+
+
 def test_layers_in_any_order(checkpoints, recordings):
     encoder = Encoder.from_pretrained(checkpoints["wav2vec2-stable"], device="cpu")
     several = encoder.embed(recordings, (3, 0, -1, 3))
@@ -267,7 +287,7 @@ def test_groups_hold_every_recording_once():
         assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= limit for b in batches)
 
 
-def test_import_takes_no_transformers():
-    code = "import sys, w2v2nb.encoder, w2v2nb.model; print('torch' in sys.modules, 'transformers' in sys.modules)"
+def test_import_takes_no_transformers_or_pandas():
+    code = "import sys, w2v2nb.encoder, w2v2nb.model; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["True", "False"]
+    assert run.stdout.strip() == "['torch']"

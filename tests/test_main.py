@@ -33,6 +33,7 @@ def test_every_short_flag_is_a_token_of_its_own():
 
 
 def test_negative_layers_and_bare_booleans():
+    assert read_arguments(["extraction", *GIVEN, "--layer", "-1,0"]).layer == "-1,0"
     config = read_arguments(["extraction", *GIVEN, "--layer", "-1", "--resume", "--trim", "yes"])
     assert (config.layer, config.resume, config.trim) == (-1, True, True)
 
@@ -50,6 +51,8 @@ def test_negative_layers_and_bare_booleans():
         (["extraction", "-m", "finetune"], "is not a mode"),
         (["extraction"], "extraction needs prefix, data_split_root, exp_dir"),
         ([], "finetune needs prefix, data_split_root, label_txt, exp_dir"),
+        (["demo", "--resume"], "demo takes at most one word"),
+        (["demo", "a", "b"], "demo takes at most one word"),
         (["extraction", "-i", "gs://bucket/a", "-d", "t.csv", "-o", "out"], "t.csv does not exist"),
         (["extraction", "-i", "a", "-d", "gs://bucket/t.csv", "-o", "out"], "does not reach Cloud Storage yet"),
         (["extraction", "-i", "a", "-d", "t.csv", "-o", "s3://bucket/out"], "a path is local or begins with gs://"),
@@ -87,6 +90,11 @@ def test_help_is_a_screen_with_every_flag_of_the_mode_and_its_default(mode):
         assert field.description in line
         required = mode in field.json_schema_extra["required"]
         assert line.endswith("(required)" if required else "" if field.default is None else f"[{field.default}]")
+
+
+def test_help_of_a_mode_however_it_is_named(capsys):
+    for form in (["extraction"], ["--mode", "extraction"], ["--mode=extraction"], ["-m", "extraction"]):
+        assert main([*form, "--help"]) == 0 and capsys.readouterr().out == mode_help("extraction") + "\n"
 
 
 def test_help_of_all_names_every_mode():

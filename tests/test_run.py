@@ -1,6 +1,7 @@
 """Whole runs on the shipped recordings: what each mode writes, what it refuses, and what survives a kill."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -131,7 +132,8 @@ def test_embeddings_are_those_of_each_recording_alone_in_the_table_s_order(small
     assert stored.schema.field("embedding_0").type == pa.list_(pa.float32(), hidden)
     assert stored["uid"].to_pylist() == table.uid.tolist()
     about = {key.decode(): value.decode() for key, value in stored.schema.metadata.items()}
-    assert (about["pooling"], about["layers"], about["clip_length"]) == ("max", "[0, 2, 3]", "0") and "weights" in about
+    assert (about["pooling_mode"], about["layers"], about["clip_length"]) == ("max", "[0, 2, 3]", "0")
+    assert about["model"] == samples.checkpoint() and {"weights", "torch", "w2v2nb"} <= set(about)
     encoder, transform = Encoder.from_pretrained(samples.checkpoint(), device="cpu"), pipeline(samples.prefix(), clip_length=0)
     for i in (0, 7):
         alone = encoder.embed([transform({"uid": table.uid.iloc[i]})["waveform"][0]], layer=[0, 2, -1], pooling="max")[0]
@@ -224,6 +226,172 @@ def test_a_resume_with_other_parameters_is_refused_with_the_difference(small, tm
     before = (tmp_path / "x" / "run.json").read_text()
     assert start(embed(small / "test.csv", tmp_path / "x", resume=True)).about["counts"]["rows"] == 16
     assert "nothing left to do" in capsys.readouterr().out and (tmp_path / "x" / "run.json").read_text() == before
+
+
+def test_a_resume_on_other_inputs_is_refused_with_their_names(small, tmp_path):
+    table = shutil.copy(small / "test.csv", tmp_path / "t.csv")
+    start(embed(table, tmp_path / "x"))
+    about = json.loads((tmp_path / "x" / "run.json").read_text())
+    (tmp_path / "x" / "run.json").write_text(json.dumps(about | {"state": "running"}))
+    read(table).iloc[::-1].to_csv(table, index=False)
+    with pytest.raises(ConfigError, match="t.csv changed since"):
+        start(embed(table, tmp_path / "x", resume=True))
+
+
+def test_a_finished_run_whose_results_were_lost_is_done_again(small, tmp_path):
+    folder = start(embed(small / "test.csv", tmp_path / "x"))
+    (folder / "embeddings.parquet").unlink()
+    assert start(embed(small / "test.csv", tmp_path / "x", resume=True)).about["state"] == "finished"
+    assert (folder / "embeddings.parquet").exists()
+
+
+def test_overwrite_does_not_remove_what_the_run_is_to_read(small, tmp_path):
+    folder = start(tune(small, tmp_path / "x"))
+    for changes in (dict(mdl_path=str(folder / "model")), dict(data_split_root=str(folder / "split" / "test.csv"))):
+        config = dict(SHIPPED, data_split_root=str(small), mdl_path=str(folder / "model"), exp_dir=str(tmp_path / "x"))
+        with pytest.raises(ConfigError, match="overwrite would remove"):
+            start(configure("eval-only", **config | changes, overwrite=True))
+    assert (folder / "model").is_dir()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "not json"])
+def test_a_foreign_run_json_is_one_sentence(small, tmp_path, content):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "run.json").write_text(content)
+    for changes in ({}, dict(resume=True), dict(overwrite=True)):
+        with pytest.raises(ConfigError, match="is damaged or not the record of a run"):
+            start(embed(small / "test.csv", tmp_path / "x", **changes))
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused(small, tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(ConfigError, match="file is a file; give another folder"):
+            start(embed(small / "test.csv", tmp_path / place))
+
+
+def test_two_processes_do_not_share_a_folder(small, tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another process is at work"):
+        start(embed(small / "test.csv", tmp_path))
+    assert start(embed(small / "test.csv", tmp_path)).about["state"] == "finished"
+
+
+def run_limited(arguments, n_bytes):
+    "Run in a process of its own that cannot write a file of more than `n_bytes`, as on a full disk; the finished process."
+    command = [sys.executable, "-m", "w2v2nb", *arguments]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+
+
+def test_a_run_that_failed_says_so_and_forgets_it_once_it_is_finished(small, tmp_path):
+    arguments = ["extraction", "-i", samples.prefix(), "-d", str(small / "test.csv"), "-c", samples.checkpoint()]
+    arguments += ["-o", str(tmp_path / "x")]
+    done = run_limited(arguments, 6000)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "--resume goes on" in done.stderr.splitlines()[-1]
+    about = RunFolder(tmp_path / "x").about
+    assert about["state"] == "failed" and "OSError" in about["error"]
+    assert main([*arguments, "--resume"]) == 0
+    again = RunFolder(tmp_path / "x").about
+    assert again["state"] == "finished" and again["error"] is None and again["started"] == about["started"]
+
+
+def test_a_training_that_failed_after_its_last_epoch_loses_nothing(small, tmp_path):
+    split = shutil.copytree(small, tmp_path / "split")
+    train = read(split / "train.csv")
+    train.loc[0, "uid"] = "nobody"
+    train.to_csv(split / "train.csv", index=False)
+    arguments = ["finetune", "-i", samples.prefix(), "-d", str(split), "-l", samples.label_txt(), "-c", samples.checkpoint()]
+    arguments += ["-e", "2", "-o", str(tmp_path / "x")]
+    assert run_limited(arguments, 500_000).returncode == 1
+    folder = RunFolder(tmp_path / "x")
+    assert folder.about["state"] == "failed" and (folder / "work").exists() and not (folder / "model").exists()
+    (folder / "history.csv").unlink()
+    assert main([*arguments, "--resume"]) == 0
+    folder = RunFolder(tmp_path / "x")
+    assert read(folder / "failures.csv").uid.tolist() == ["nobody"] and len(read(folder / "history.csv")) == 2
+    assert folder.about["counts"]["rows"] == 16 and (folder / "model").exists() and not (folder / "work").exists()
+
+
+def test_layers_named_twice_and_broken_models_are_refused_before_any_work(small, tmp_path, tuned):
+    with pytest.raises(ConfigError, match="names one layer twice"):
+        start(embed(small / "test.csv", tmp_path / "x", layer="3,-1"))
+    model = shutil.copytree(tuned / "model", tmp_path / "model")
+    (model / "sound.json").write_text("{")
+    with pytest.raises(ConfigError, match="sound.json should hold a JSON object"):
+        start(embed(small / "test.csv", tmp_path / "x", mdl_path=str(model)))
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_given_and_has_no_effect_is_said(small, tmp_path):
+    folder = start(embed(small / "test.csv", tmp_path / "x", epochs=3))
+    assert folder.about["warnings"] == ["epochs has no effect in extraction"]
+    folder = start(tune(small, tmp_path / "y", val_share=0.5, mdl_path="elsewhere"))
+    assert [w.split()[0] for w in folder.about["warnings"]] == ["mdl_path", "val_share"]
+
+
+def test_people_that_cannot_be_told_apart_are_mentioned(small, tmp_path):
+    split = shutil.copytree(small, tmp_path / "split")
+    read(split / "test.csv").drop(columns="subject").to_csv(split / "test.csv", index=False)
+    folder = start(tune(split, tmp_path / "x"))
+    assert folder.about["warnings"] == ["16 of 16 rows for test have no subject: these people may be in other parts too"]
+
+
+def test_the_same_recording_on_both_sides_is_refused_whatever_is_allowed(small, tmp_path):
+    split = shutil.copytree(small, tmp_path / "split")
+    test, train = read(split / "test.csv"), read(split / "train.csv")
+    test.loc[0, "uid"] = train.uid[0]
+    test.to_csv(split / "test.csv", index=False)
+    with pytest.raises(ConfigError) as e:
+        start(tune(split, tmp_path / "x", allow_overlap=True))
+    assert "--allow_overlap" not in str(e.value) and train.uid[0] in str(e.value)
+
+
+def test_a_group_does_not_replace_the_subject(small, tmp_path):
+    split = shutil.copytree(small, tmp_path / "split")
+    test, train = read(split / "test.csv"), read(split / "train.csv")
+    test.loc[0, "subject"] = train.subject[0]
+    test.assign(pair=range(100, 116)).to_csv(split / "test.csv", index=False)
+    train.assign(pair=range(24)).to_csv(split / "train.csv", index=False)
+    (split / "val.csv").unlink()
+    with pytest.raises(ConfigError, match="subject"):
+        start(tune(split, tmp_path / "x", group="pair"))
+
+
+def test_metadata_that_disagree_are_counted_and_the_recording_is_kept(tmp_path, capsys):
+    uids = read(f"{SPLITS}/test.csv").uid[:3]
+    for uid, rate in zip(uids, ["8001", "16 kHz", None], strict=True):
+        shutil.copytree(f"{samples.prefix()}/{uid}", tmp_path / "audio" / uid)
+        if rate:
+            (tmp_path / "audio" / uid / "metadata.json").write_text(json.dumps({"sample_rate_hz": rate}))
+    pd.DataFrame({"uid": uids}).to_csv(tmp_path / "t.csv", index=False)
+    folder = start(embed(tmp_path / "t.csv", tmp_path / "x", prefix=str(tmp_path / "audio")))
+    assert folder.about["counts"]["rows"] == 3 and len(folder.about["metadata_problems"]) == 2
+    assert "2 metadata.json disagree" in capsys.readouterr().out
+
+
+def test_workers_end_with_the_run(small, tmp_path):
+    import multiprocessing
+
+    start(tune(small, tmp_path / "x", num_workers=1))
+    assert not multiprocessing.active_children()
+
+
+def test_an_interrupted_run_says_so_and_goes_on(tmp_path):
+    arguments = ["finetune", "-i", samples.prefix(), "-d", SPLITS, "-l", samples.label_txt(), "-c", samples.checkpoint()]
+    arguments += ["-e", "50", "--dataset", "s", "--device", "cpu", "-o", str(tmp_path / "x")]
+    process = subprocess.Popen([sys.executable, "-m", "w2v2nb", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "x" / "s_history.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors.decode() and "--resume goes on" in errors.decode()
+    assert RunFolder(tmp_path / "x").about["state"] == "interrupted" and (tmp_path / "x" / "s_work" / "state.pt").exists()
 
 
 def kill_when(arguments, happened):

@@ -104,24 +104,17 @@ def test_a_state_is_read_without_pickle(tmp_path):
 
 
 def test_the_best_epoch_is_the_first_with_the_highest_validation_metric():
-    trainer = make()
-    metrics, kept = iter([0.5, 0.8, 0.8, 0.6]), []
-
-    def validated(*_):
-        return {"validation_loss": 0.0, "metric": next(metrics)}
-
-    import w2v2nb.train as module
-
-    original, module.validate = module.validate, validated
-    try:
-        for _ in range(4):
-            trainer.run_epoch(batches(TABLE.head(8)), batches(TABLE.tail(4)))
-            kept.append({name: weight.detach().clone() for name, weight in trainable(trainer.model).items()})
-    finally:
-        module.validate = original
-    assert trainer.best_epoch == 2
+    trainer, kept = make(learning_rate=3e-2), []
+    train, held_out = batches(TABLE.head(24)), batches(TABLE.tail(24), shuffle=False)
+    for _ in range(6):
+        trainer.run_epoch(train, held_out)
+        kept.append({name: weight.detach().clone() for name, weight in trainable(trainer.model).items()})
+    metrics = [row["metric"] for row in trainer.history]
+    assert len(set(metrics)) > 2 and trainer.best_epoch == int(np.argmax(metrics)) + 1 < 6
     trainer.restore_best()
-    assert all(torch.equal(weight, kept[1][name]) for name, weight in trainable(trainer.model).items())
+    best = kept[trainer.best_epoch - 1]
+    assert all(torch.equal(weight, best[name]) for name, weight in trainable(trainer.model).items())
+    assert validate(trainer.model, held_out)["metric"] == max(metrics)
 
 
 def test_without_validation_the_last_epoch_is_kept():
@@ -146,6 +139,20 @@ def test_a_recording_set_aside_has_no_prediction():
     outputs, targets = predict(make().model, data)
     assert np.isnan(outputs[1]).all() and np.isfinite(outputs[[0, 2, 3]]).all() and [f.uid for f in data.failures] == ["nobody"]
     assert np.isfinite(list(validate(make().model, data).values())).any()
+
+
+def test_what_is_not_finite_is_set_aside_and_not_scored():
+    trainer = make()
+    with torch.no_grad():
+        trainer.model.heads[0].output.bias.fill_(float("nan"))
+    data = batches(TABLE.head(4), shuffle=False)
+    outputs, _ = predict(trainer.model, data)
+    assert np.isnan(outputs).all() and [f.stage for f in data.failures] == ["encode"] * 4
+
+
+def test_nothing_to_validate_on_is_no_number_rather_than_zero():
+    table = TABLE.head(2).assign(uid=["nobody", "noone"])
+    assert np.isnan(list(validate(make().model, batches(table)).values())).all()
 
 
 def test_a_loss_that_is_no_number_names_the_recordings():

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
+import time
 import warnings
 from pathlib import Path
 
@@ -63,13 +65,41 @@ def test_the_header_is_believed_and_a_disagreement_reported(tmp_path):
     (tmp_path / "a").mkdir()
     soundfile.write(tmp_path / "a/waveform.wav", np.full(800, 0.25), 8000)
     (tmp_path / "a/metadata.json").write_text(json.dumps({"sample_rate": "16000"}))
-    with pytest.warns(UserWarning, match="^a: metadata.json says 16000 Hz, the file 8000 Hz"):
-        sample = Load(str(tmp_path))({"uid": "a"})
-    assert (sample["sample_rate"], sample["rate_mismatch"]) == (8000, (16000, 8000))
-    (tmp_path / "a/metadata.json").write_text(json.dumps({"sample_rate": "8000"}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "rate_mismatch" not in Load(str(tmp_path))({"uid": "a"})
+        sample = Load(str(tmp_path))({"uid": "a"})
+        assert (sample["sample_rate"], sample["rate_mismatch"]) == (8000, (16000, 8000))
+        assert sample["metadata_problem"] == "a: metadata.json says 16000 Hz, the file 8000 Hz; the file is believed"
+        for text in ('{"sample_rate": "8000"}', '{"sample_rate_hz": null}', "{}"):
+            (tmp_path / "a/metadata.json").write_text(text)
+            assert not {"rate_mismatch", "metadata_problem"} & set(Load(str(tmp_path))({"uid": "a"}))
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "is not JSON"),
+        ('{"sample_rate_hz": 8000', "is not JSON"),
+        ("[1, 2]", "holds a list"),
+        ('{"sample_rate_hz": "16 kHz"}', "sample rate '16 kHz'"),
+        ('{"sample_rate_hz": [8000]}', r"sample rate \[8000\]"),
+        ('{"sample_rate_hz": 1%s}' % ("0" * 400), "sample rate 1000"),
+        ('{"sample_rate_hz": 1%s}' % ("0" * 5000), "digits"),
+        ("[" * 100000, "recursion"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (None, "metadata.json"),
+    ],
+)
+def test_a_good_recording_survives_broken_metadata(tmp_path, text, reason):
+    (tmp_path / "a").mkdir()
+    soundfile.write(tmp_path / "a/waveform.wav", np.full(8000, 0.25), 8000)
+    if text is None:
+        (tmp_path / "a/metadata.json").mkdir()
+    else:
+        (tmp_path / "a/metadata.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    sample = pipeline(str(tmp_path))({"uid": "a"})
+    assert sample["waveform"].shape == (1, 16000) and "rate_mismatch" not in sample
+    assert re.match(f"a: .*{reason}", sample["metadata_problem"]) and len(sample["metadata_problem"]) < 400
 
 
 @pytest.mark.parametrize(
@@ -131,6 +161,27 @@ def test_resample_is_torchaudios(rate, n_channels):
     sample = Resample(RATE)(sample_of(waveform, rate))
     assert torch.equal(sample["waveform"], torchaudio.functional.resample(waveform, rate, RATE))
     assert sample["sample_rate"] == RATE and sample["waveform"].shape[1] == -(-RATE * (rate + 7) // rate)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 12000, 22050, 32000, 44056, 44100, 48000, 88200, 96000, 176400, 192000, 384000])
+@pytest.mark.parametrize("to_hz", [8000, 16000])
+def test_usual_rates_are_resampled_with_a_kernel_of_the_size_foretold(rate, to_hz):
+    assert Resample(to_hz)(sample_of(noise(1, rate // 8), rate))["waveform"].shape == (1, -(-(rate // 8) * to_hz // rate))
+    if rate != to_hz:
+        assert transforms.resampler(rate, to_hz).kernel.nbytes == transforms.kernel_bytes(rate, to_hz)
+
+
+@pytest.mark.parametrize("rate", [44101, 192001, 15999, 16001, 2**31 - 1])
+def test_rates_with_a_monstrous_kernel_are_set_aside_at_once(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", np.full(rate % 100000 + 1000, 0.25), rate)
+    start = time.time()
+    with pytest.raises(RecordingError, match=f"a: resample: from {rate} Hz to 16000 Hz takes .* convert the recording"):
+        pipeline(str(tmp_path), min_frames=1)({"uid": "a"})
+    assert time.time() - start < 5
+
+
+def test_kernels_in_the_cache_stay_within_half_a_gigabyte():
+    assert transforms.resampler.cache_info().maxsize * transforms.MAX_KERNEL_BYTES <= 2**29
 
 
 def test_resampling_kernels_are_made_once():
@@ -342,15 +393,54 @@ def test_stages(tmp_path, content, options, stage):
     assert caught.value.path == ("" if content is None else str(path)) and caught.value.error
 
 
+@pytest.mark.parametrize("content, stage", [(None, "find"), (b"not audio", "decode"), (np.zeros(300), "check")])
+def test_an_error_has_the_path_that_is_known(tmp_path, content, stage):
+    if isinstance(content, bytes):
+        (tmp_path / "odd.wav").write_bytes(content)
+    elif content is not None:
+        soundfile.write(tmp_path / "odd.wav", content, RATE)
+    with pytest.raises(RecordingError) as caught:
+        pipeline(str(tmp_path))({"uid": "000123", "path": "odd.wav"})
+    assert (caught.value.stage, caught.value.path) == (stage, "odd.wav" if stage == "find" else f"{tmp_path}/odd.wav")
+
+
 def test_a_uid_that_leaves_the_prefix_is_one_recordings_error(tmp_path):
     with pytest.raises(RecordingError, match="leads out of the prefix") as caught:
         pipeline(str(tmp_path))({"uid": "../x"})
     assert caught.value.stage == "find"
 
 
-def test_mistakes_are_not_blamed_on_a_recording():
-    with pytest.raises(ZeroDivisionError):
-        Compose((lambda sample: 1 / 0,))(sample_of(torch.zeros(1, 1)))
+def stumble(error):
+    def transform(sample):
+        raise error
+
+    return transform
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyError, TypeError, AttributeError, NotImplementedError, RecursionError])
+def test_mistakes_are_not_blamed_on_a_recording(error):
+    with pytest.raises(error) as caught:
+        Compose((stumble(error("x")),))(sample_of(torch.zeros(1, 1)))
+    assert not isinstance(caught.value, RecordingError)
+
+
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (MemoryError(), "MemoryError"),
+        (MemoryError("Unable to allocate 8 TiB"), "MemoryError: Unable to allocate 8 TiB"),
+        (RuntimeError("can't allocate memory\nC++ frames"), "RuntimeError: can't allocate memory"),
+    ],
+)
+def test_lack_of_memory_is_one_recordings_failure(error, text):
+    with pytest.raises(RecordingError) as caught:
+        Compose((stumble(error),))(sample_of(torch.zeros(1, 1), path="a.wav"))
+    assert (caught.value.uid, caught.value.stage, caught.value.error) == ("000123", "transform", text)
+
+
+def test_a_real_allocation_failure_names_its_stage():
+    with pytest.raises(RecordingError, match="000123: padclip: RuntimeError: "):
+        Compose((PadClip(1 << 55),))(sample_of(torch.zeros(1, 10)))
 
 
 def test_standard_order():

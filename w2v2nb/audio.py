@@ -96,10 +96,10 @@ def read_metadata(
         return metadata
     try:
         hz = float(rate)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         hz = math.nan
     if not (hz >= 1 and hz == hz // 1):
-        raise ValueError(f"{path}: sample rate {rate!r}; it should be a whole number of Hz such as 16000: correct it")
+        raise ValueError(f"{path}: sample rate {rate!r:.40}; it should be a whole number of Hz such as 16000: correct it")
     return {**metadata, "sample_rate_hz": int(hz)}
 
 # %% ../nbs/02_audio.ipynb #3a235144

@@ -46,9 +46,10 @@ def refuse_short(
     "Raise `ValueError` naming the recordings that are too short for one frame."
     short = [f"{i} ({n} samples)" for i, n in enumerate(lengths) if n < min_frames]
     if short:
-        more = f" and {len(short) - 10} more" if len(short) > 10 else ""
+        from w2v2nb.table import name_some  # only now, since table imports pandas
+
         raise ValueError(
-            f"too short for the encoder, by position: {', '.join(short[:10])}{more}; a recording should have at least "
+            f"too short for the encoder, by position: {name_some(short)}; a recording should have at least "
             f"{min_frames} samples: leave these out"
         )
 
@@ -113,10 +114,22 @@ def run_blocks(
 def pick_device(
     device: str | torch.device | None = None,  # a wish, such as cpu or cuda:1
 ) -> torch.device:
-    "The device to run on: the wish, else CUDA, Apple's MPS or the CPU, whichever is there first."
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """The device to run on: the wish, else CUDA, Apple's MPS or the CPU, whichever is there first.
+
+    Raises `ValueError` for a wish that is not there.
+    """
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    n_there = {"cuda": n_cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if device is None:
+        return torch.device(next(kind for kind, n in n_there.items() if n))
+    try:
+        wish = torch.device(device)
+    except (RuntimeError, ValueError):  # no device of any machine
+        wish = torch.device("meta")
+    if (wish.index or 0) >= n_there.get(wish.type, 0):
+        there = [f"{kind}:{i}" if kind == "cuda" else kind for kind, n in n_there.items() for i in range(n)]
+        raise ValueError(f"device {device} is not there; this machine has {', '.join(there)}: name one of these, or none")
+    return wish
 
 # %% ../nbs/05c_backbone.ipynb #1b25b6d8
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

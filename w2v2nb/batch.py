@@ -22,20 +22,21 @@ from .workers import Source
 class Item:
     "One recording, ready for a batch."
 
-    index: int  # row of the table
+    index: int  # in the dataset that was read
     uid: str
     waveform: np.ndarray  # (samples,) float32
     targets: np.ndarray  # (labels,) float32, NaN: not rated
     is_shortened: bool = False  # whether samples were cut off
+    metadata_problem: str | None = None  # a sentence where its metadata.json is wrong
 
 # %% ../nbs/05_batch.ipynb #bdb16cac
 @dataclass
 class Failure:
     "One recording that was set aside."
 
-    index: int  # row of the table
+    index: int  # in the dataset that was read
     uid: str
-    path: str | None  # where it was looked for
+    path: str | None  # its file once found, before that the table's `path`; empty: neither is known
     stage: str  # what was being done: find, decode, resample, ...
     error: str  # what went wrong, in a sentence
 
@@ -44,7 +45,7 @@ class Failure:
 class Batch:
     "Recordings padded with zeros to the longest of them."
 
-    index: list[int]  # rows of the table
+    index: list[int]  # in the dataset that was read
     uids: list[str]
     waveform: torch.Tensor  # (batch, samples) float32, zeros after each recording's end
     lengths: torch.Tensor  # (batch,) int64, samples of each recording
@@ -106,9 +107,9 @@ class Reader:
 
     def __getitem__(
         self,
-        i: int,  # row of the table
+        i: int,  # index in the dataset
     ) -> Item | Failure:
-        "Row `i`. Raises `RuntimeError` that names the recording for anything but a bad recording."
+        "Recording `i`. Raises `RuntimeError` that names it for anything but a bad recording."
         try:
             sample = self.dataset[i]
             check_sample(sample, self.sample_rate)
@@ -119,7 +120,8 @@ class Reader:
             raise RuntimeError(f"{f'uid {uids[i]}' if uids else f'row {i}'}: {type(e).__name__}: {e}") from e
         waveform = torch.as_tensor(sample["waveform"][0], dtype=torch.float32).numpy().copy()
         targets = np.asarray(sample["targets"], dtype=np.float32)
-        return Item(i, sample["uid"], waveform, targets, bool(sample.get("is_shortened", False)))
+        is_shortened = bool(sample.get("is_shortened", False))
+        return Item(i, sample["uid"], waveform, targets, is_shortened, sample.get("metadata_problem"))
 
 # %% ../nbs/05_batch.ipynb #21a1c20c
 def check_sample(
@@ -220,7 +222,7 @@ def check_limits(
 
 # %% ../nbs/05_batch.ipynb #9397f043
 class Batches:
-    "Batches of similar length, pass after pass. `failures` and `n_shortened` are those of the latest pass."
+    "Batches of similar length; `failures`, `n_shortened` and `metadata_problems` are those of the latest pass."
 
     window, window_s = 256, 1800.0  # recordings, and seconds of audio, that are sorted together at most
 
@@ -239,17 +241,14 @@ class Batches:
         self.source = Source(Reader(dataset, sample_rate), num_workers)
         self.limits = dict(max_items=max_items, max_padded=max_padded_s and max_padded_s * sample_rate)
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
-        self.failures, self.n_shortened = [], 0
+        self.failures, self.n_shortened, self.metadata_problems = [], 0, []
 
-    def set_epoch(
-        self,
-        epoch: int,  # the same seed and epoch give the same order
-    ) -> None:
-        "Have the next pass shuffled for `epoch`."
+    def set_epoch(self, epoch: int) -> None:
+        "Have the next pass shuffled for `epoch`; the same seed and epoch give the same order."
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        self.failures, self.n_shortened = [], 0
+        self.failures, self.n_shortened, self.metadata_problems = [], 0, []
         rng = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
         items = self.source.read(rng.permutation(self.n_recordings).tolist() if rng else range(self.n_recordings))
         if rng:  # a small window, so that company changes
@@ -259,6 +258,7 @@ class Batches:
         limits = dict(self.limits, n_samples=self.window_s * self.sample_rate, **window)
         for group in cut_stream(set_aside(items, self.failures), rng=rng, **limits):
             self.n_shortened += sum(item.is_shortened for item in group)
+            self.metadata_problems += [item.metadata_problem for item in group if item.metadata_problem]
             yield collate(group, self.sample_rate)
 
     def close(self) -> None:

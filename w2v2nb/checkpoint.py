@@ -156,9 +156,10 @@ def refuse_incomplete(
     sizes = sorted(report["mismatched_keys"])
     names += [f"{name} of size {tuple(found)} for {tuple(asked)}" for name, found, asked in sizes]
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        from w2v2nb.table import name_some  # only now, since table imports pandas
+
         raise ValueError(
-            f"{folder}: weights are missing or do not fit, and would be random: {', '.join(names[:3])}{more}; "
+            f"{folder}: weights are missing or do not fit, and would be random: {name_some(names, 3)}; "
             "get the whole checkpoint again"
         )
 

@@ -159,7 +159,10 @@ def read_groups(
     annotations: pd.DataFrame,  # annotation table
     group: str,  # column that must not be divided
 ) -> np.ndarray:
-    "The group of each row as a number, (rows,). Raises `ValueError` where the column or a cell is missing."
+    """The piece of each row as a number, (rows,): rows that share a group or a subject are in one piece.
+
+    Raises `ValueError` where the group's column or a cell of it is missing.
+    """
     if group not in annotations:
         raise ValueError(
             f"the table has no column {group!r} to keep together; its columns are: "
@@ -168,7 +171,12 @@ def read_groups(
     empty = annotations["uid"][annotations[group].isna()].tolist()
     if empty:
         raise ValueError(f"{group} is empty for uid {name_some(empty)}; a split needs it for every row: fill it in")
-    return annotations.groupby(group, sort=False).ngroup().to_numpy()
+    pieces, before = annotations.groupby(group, sort=False).ngroup(), None
+    while "subject" in annotations and not pieces.equals(before):
+        before = pieces
+        for column in ("subject", group):
+            pieces = pieces.groupby(annotations[column]).transform("min").fillna(pieces).astype(int)
+    return pd.factorize(pieces)[0]
 
 # %% ../nbs/04_data.ipynb #cf836473
 def count_strata(
@@ -221,7 +229,7 @@ def split_by_group(
     seed: int = 0,  # another seed, another split
     scale: str | None = None,  # scale of the ratings, as in `read_targets`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The table in two parts, (rest, held out), that share no group and are alike in every label's ratings.
+    """The table in two parts, (rest, held out), that share no group or subject and are alike in every label's ratings.
 
     Rows keep their order; the same seed gives the same split. Raises `ValueError` for a share outside (0, 1), a
     missing group column or cell, fewer than two groups, and what `read_targets` refuses.
@@ -230,7 +238,8 @@ def split_by_group(
         raise ValueError(f"share is {share}; it should be between 0 and 1, such as 0.2: give another")
     groups = read_groups(annotations, group)
     if len(set(groups)) < 2:
-        raise ValueError(f"{group} has the same value everywhere; two parts need two: name another one with --group")
+        what = "the same value everywhere" if annotations[group].nunique() < 2 else "groups that share subjects, all in one"
+        raise ValueError(f"{group} has {what}; two parts need two pieces: name another one with --group")
     is_held = choose_groups(count_strata(read_targets(annotations, labels, scale), groups), share, seed)[groups]
     return annotations[~is_held].reset_index(drop=True), annotations[is_held].reset_index(drop=True)
 
@@ -240,9 +249,10 @@ def check_disjoint(
     test: pd.DataFrame,  # annotation table of the other
     group: str = "subject",  # column of which no value may be on both sides
     names: tuple[str, str] = ("train.csv", "test.csv"),  # what to call the two in messages
+    allow_overlap: bool = False,  # accept shared groups and subjects, never shared recordings
 ) -> None:
-    "Refuse tables that share a group (empty cells aside) or a recording. Raises `ValueError`."
-    for column in [group, "uid"]:
+    "Refuse tables that share a group or a subject (empty cells aside) or a recording. Raises `ValueError`."
+    for column in ["uid"] if allow_overlap else dict.fromkeys([group, "subject", "uid"]):
         if column not in train or column not in test:
             if column == "subject":
                 continue
@@ -253,8 +263,8 @@ def check_disjoint(
         if n_shared:
             uids = "; ".join(f"{name}: {name_some(list(s['uid']))}" for name, s in zip(names, sides, strict=True))
             raise ValueError(
-                f"{' and '.join(names)} share {n_shared} {column}{'s' * (n_shared > 1)} (uids in {uids}); a model should "
-                "be tested on others than it learned from: split anew, or say --allow_overlap"
+                f"{' and '.join(names)} share {n_shared} {column}{'s' * (n_shared > 1)} (uids in {uids}); a model should be "
+                f"tested on others than it learned from: split anew{', or say --allow_overlap' * (column != 'uid')}"
             )
 
 # %% ../nbs/04_data.ipynb #988ef9f2

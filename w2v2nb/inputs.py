@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['SOUND', 'read_classifiers', 'merge_rows', 'read_table', 'read_parts', 'load_model', 'load_encoder', 'read_transform',
-           'first_sample', 'read_batches', 'find_warnings']
+           'first_sample', 'read_batches', 'compare_sound', 'find_unused', 'find_unknown_people']
 
 # %% ../nbs/13c_inputs.ipynb #c426b2df
-import json
 from itertools import combinations
 
 import pandas as pd
 
 from . import data, storage
 from .batch import Batches
-from .config import Config
+from .checkpoint import read_json
+from .config import Config, checking
 from .data import WaveformDataset
 from .encoder import Encoder
 from .model import Classifier, check_labels
 from .transforms import Compose, RecordingError, in_bucket, pipeline
 
 # %% ../nbs/13c_inputs.ipynb #e5ca976c
+@checking()
 def read_classifiers(
     config: Config,  # label_txt and separate_heads
 ) -> list[list[str]]:
@@ -39,6 +40,7 @@ def merge_rows(
     return data.merge_raters(table, labels) if config.scale == "clinical" else table
 
 # %% ../nbs/13c_inputs.ipynb #c3851c41
+@checking()
 def read_table(
     config: Config,  # data_split_root, scale and group
     labels: list[str],  # columns that must be there
@@ -53,6 +55,7 @@ def read_table(
     return merge_rows(config, table, labels)
 
 # %% ../nbs/13c_inputs.ipynb #68e7bc5e
+@checking()
 def read_parts(
     config: Config,  # data_split_root, shares, group, scale, seed
     labels: list[str],  # columns that must be there
@@ -72,11 +75,12 @@ def read_parts(
     if config.val_share and "val" not in parts:
         parts["train"], parts["val"] = divide(parts["train"], config.val_share)
     for a, b in combinations(parts, 2):
-        if not config.allow_overlap:
-            data.check_disjoint(parts[a], parts[b], config.group, names=(f"{a}.csv", f"{b}.csv"))
+        files = (f"{a}.csv", f"{b}.csv")
+        data.check_disjoint(parts[a], parts[b], config.group, files, allow_overlap=config.allow_overlap)
     return parts
 
 # %% ../nbs/13c_inputs.ipynb #4b21473b
+@checking()
 def load_model(
     config: Config,  # mdl_path, device, precision and label_txt
 ) -> Classifier:
@@ -87,11 +91,12 @@ def load_model(
     return model
 
 
+@checking()
 def load_encoder(
     config: Config,  # mdl_path or checkpoint, device, precision
 ) -> Encoder:
-    "The encoder of the fine-tuned model, if one is given, else of the checkpoint."
-    if config.mdl_path:
+    "The encoder of the fine-tuned model, if one is given and the mode takes it, else of the checkpoint."
+    if config.mdl_path and config.mode != "finetune":
         return load_model(config).encoder
     return Encoder.from_pretrained(config.checkpoint, precision=config.precision, device=config.device)
 
@@ -99,6 +104,7 @@ def load_encoder(
 SOUND = ("resample_rate", "reduce", "trim", "clip_length", "padding")
 
 
+@checking()
 def read_transform(
     config: Config,  # where the recordings are, and how to treat their sound
     min_frames: int = 1,  # shortest recording, in frames at the resample rate
@@ -111,6 +117,7 @@ def read_transform(
     return pipeline(config.prefix, **where, **{name: getattr(config, name) for name in SOUND})
 
 # %% ../nbs/13c_inputs.ipynb #3c67d73c
+@checking()
 def first_sample(
     config: Config,  # where the recordings are, and how to treat their sound
     table: pd.DataFrame,  # annotations
@@ -145,18 +152,43 @@ def read_batches(
     )
 
 # %% ../nbs/13c_inputs.ipynb #c408da87
-def find_warnings(
-    config: Config,  # resample_rate and, with mdl_path, how the sound is treated
-    encoder: Encoder,  # from `load_encoder`
+def compare_sound(
+    config: Config,  # how the sound is treated, and mdl_path if any
+    encoder: Encoder,  # says what rate it expects
 ) -> list[str]:
-    "Sentences about settings that differ from what the checkpoint or the fine-tuned model was made for."
+    "Sentences about differences to what the checkpoint or the fine-tuned model was made for."
     sentences = []
     if config.resample_rate != encoder.sample_rate:
         sentences.append(f"resample_rate is {config.resample_rate} Hz, the checkpoint expects {encoder.sample_rate} Hz")
-    sound = storage.join(config.mdl_path, "sound.json") if config.mdl_path else ""
-    trained = json.loads(storage.read_text(sound)) if sound and storage.exists(sound) else {}
+    is_tuned = config.mdl_path and config.mode != "finetune"
+    trained = read_json(storage.stage(config.mdl_path) / "sound.json") if is_tuned else {}
     for name in SOUND:
         value = getattr(config, name)
         if trained.get(name, value) != value:
             sentences.append(f"{name} is {value}, the model was trained with {trained[name]}")
+    return sentences
+
+# %% ../nbs/13c_inputs.ipynb #9760223b
+def find_unused(
+    config: Config,  # as it was given
+) -> list[str]:
+    "Sentences about parameters that were given and have no effect."
+    modes = {name: field.json_schema_extra["modes"] for name, field in Config.model_fields.items()}
+    unused = sorted(name for name in config.model_fields_set if config.mode not in modes[name])
+    sentences = [f"{name} has no effect in {config.mode}" for name in unused]
+    has_own = {"val.csv", "validation.csv"} & {*storage.names(config.data_split_root)}
+    if config.mode == "finetune" and config.val_share and has_own:
+        sentences.append("val_share has no effect: the split has a validation table of its own")
+    return sentences
+
+# %% ../nbs/13c_inputs.ipynb #56b74dcb
+def find_unknown_people(
+    parts: dict[str, pd.DataFrame],  # tables by part
+) -> list[str]:
+    "Sentences about tables that do not say who was recorded."
+    sentences = []
+    for part, table in parts.items():
+        n = int(table["subject"].isna().sum()) if "subject" in table else len(table)
+        if n:
+            sentences.append(f"{n} of {len(table)} rows for {part} have no subject: these people may be in other parts too")
     return sentences

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'FORMAT', 'CHOICES', 'Head', 'flatten_labels', 'check_labels', 'Features', 'Classifier', 'save_model',
-           'read_settings', 'compare_weights', 'load_weights', 'load_model']
+           'read_settings', 'compare_weights', 'fill_weights', 'load_model']
 
 # %% ../nbs/07_model.ipynb #a667dd5a
 import json
@@ -57,12 +57,10 @@ def check_labels(
     own: list[str],  # labels of a model, in its order
     asked: list[str],  # labels that somebody asks of it
 ) -> None:
-    "Raise `ValueError` naming the labels that differ, or their order."
+    "Raise `ValueError` naming the labels that differ; their order does not matter."
     lacking, unasked = [x for x in asked if x not in own], [x for x in own if x not in asked]
     parts = [f"it does not know {', '.join(lacking)}"] if lacking else []
     parts += [f"it also has {', '.join(unasked)}"] if unasked else []
-    if not parts and list(own) != list(asked):
-        parts = [f"its order is {', '.join(own)}"]
     if parts:
         raise ValueError(f"the labels are not the model's own: {'; '.join(parts)}; leave the labels file out, its own count")
 
@@ -203,13 +201,13 @@ def compare_weights(
             problems.append(f"{name_with_labels(name)} is left over")
         elif found[name].shape != expected[name].shape:
             there, asked = tuple(found[name].shape), tuple(expected[name].shape)
-            problems.append(f"{name_with_labels(name)} is {there}, config.json asks for {asked}")
+            problems.append(f"{name_with_labels(name)} is {there} where config.json asks for {asked}")
         elif found[name].dtype != expected[name].dtype:
-            problems.append(f"{name_with_labels(name)} is {found[name].dtype}, it should be {expected[name].dtype}")
+            problems.append(f"{name_with_labels(name)} is {found[name].dtype} where it should be {expected[name].dtype}")
     return problems
 
 # %% ../nbs/07_model.ipynb #8ddf0523
-def load_weights(
+def fill_weights(
     model: Classifier,  # built from the folder's config.json
     path: Path,  # model.safetensors
 ) -> None:
@@ -223,9 +221,9 @@ def load_weights(
         raise ValueError(f"{path} cannot be read ({error}); copy the model's folder again") from None
     problems = compare_weights(model, found)
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        named = "; ".join(problems[:5]) + more
-        raise ValueError(f"{path} does not fit its config.json: {named}; copy the model's folder again")
+        from w2v2nb.table import name_some  # only now, since table imports pandas
+
+        raise ValueError(f"{path} does not fit its config.json: {name_some(problems)}; copy the model's folder again")
     model.load_state_dict(found, assign=True)
 
 # %% ../nbs/07_model.ipynb #1536d70b
@@ -244,5 +242,5 @@ def load_model(
         settings = {"config": config["backbone"], "preprocessor": read_preprocessor(folder)}
         encoder = Encoder.from_json(settings, precision)
         model = model_class(encoder, **{name: config[name] for name in CHOICES})
-    load_weights(model, folder / "model.safetensors")
+    fill_weights(model, folder / "model.safetensors")
     return model.to(device).eval()
