@@ -426,6 +426,8 @@ def test_a_killed_extraction_resumes_to_the_same_table(tmp_path):
     assert resumed.uid.tolist() == whole.uid.tolist() == rows.uid.tolist()
     np.testing.assert_allclose(np.stack(resumed.embedding), np.stack(whole.embedding), rtol=0, atol=1e-5)
     assert storage.names(tmp_path / "killed") == storage.names(tmp_path / "whole")
+    counts = [RunFolder(tmp_path / name).about["counts"] for name in ("killed", "whole")]
+    assert counts[0] == counts[1] and counts[0]["shortened"] > 0
 
 
 def test_a_killed_training_resumes_to_the_same_model(small, tmp_path):

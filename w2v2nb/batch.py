@@ -9,7 +9,7 @@ __all__ = ['Item', 'Failure', 'Batch', 'collate', 'Reader', 'check_sample', 'set
 # %% ../nbs/05_batch.ipynb #1a373180
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Batch:
     lengths: torch.Tensor  # (batch,) int64, samples of each recording
     targets: torch.Tensor  # (batch, labels) float32, NaN: not rated
     sample_rate: int = 16000  # Hz
+    is_shortened: list[bool] = field(default_factory=list)  # whether frames were cut off
 
     def __len__(self) -> int:
         return len(self.index)
@@ -89,7 +90,8 @@ def collate(
     for row, item in zip(waveform, items, strict=True):
         row[: len(item.waveform)] = torch.from_numpy(item.waveform)
     targets = torch.from_numpy(np.stack([item.targets for item in items]))
-    return Batch([item.index for item in items], [item.uid for item in items], waveform, lengths, targets, sample_rate)
+    index, uids, is_shortened = zip(*((item.index, item.uid, item.is_shortened) for item in items), strict=True)
+    return Batch(list(index), list(uids), waveform, lengths, targets, sample_rate, list(is_shortened))
 
 # %% ../nbs/05_batch.ipynb #e91422be
 class Reader:

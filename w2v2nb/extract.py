@@ -51,14 +51,16 @@ def rows_table(
     uids: list[str],  # their recordings
     embeddings: torch.Tensor,  # (rows, layers, hidden) float32
     columns: list[str],  # a name for each layer
+    is_shortened: list[bool],  # whether frames were cut off
 ) -> pa.Table:
-    "An Arrow table with `row`, `uid` and a fixed-size list of float32 for each of `columns`."
+    "An Arrow table with `row`, `uid`, `is_shortened` and a fixed-size list of float32 for each of `columns`."
     hidden = embeddings.shape[-1]
     lists = [
         pa.FixedSizeListArray.from_arrays(pa.array(embeddings[:, k].flatten().numpy()), hidden)
         for k in range(len(columns))
     ]
-    return pa.table([pa.array(index, pa.int64()), pa.array(uids, pa.string()), *lists], names=["row", "uid", *columns])
+    first = [pa.array(index, pa.int64()), pa.array(uids, pa.string()), pa.array(is_shortened, pa.bool_())]
+    return pa.table([*first, *lists], names=["row", "uid", "is_shortened", *columns])
 
 # %% ../nbs/09_extract.ipynb #7bcf882e
 def part_paths(
@@ -83,9 +85,10 @@ def write_part(
 # %% ../nbs/09_extract.ipynb #d4b5242a
 def rows_done(
     work: str | Path,  # the work folder; need not exist
-) -> set[int]:
-    "The row numbers that the parts in a work folder hold."
-    return {row for part in part_paths(work) for row in pq.read_table(part, columns=["row"])["row"].to_pylist()}
+) -> dict[int, bool]:
+    "The row numbers that the parts in a work folder hold, each with whether its recording was shortened."
+    parts = [pq.read_table(part, columns=["row", "is_shortened"]) for part in part_paths(work)]
+    return {row: cut for part in parts for row, cut in zip(*(column.to_pylist() for column in part.columns), strict=True)}
 
 # %% ../nbs/09_extract.ipynb #ae3f9837
 NOT_FINITE = "what the encoder makes of it is not finite; it should be numbers: try --precision fp32, or leave it out"
@@ -105,15 +108,15 @@ def extract(
     pending, started = [], time.monotonic()
 
     def flush():
-        index, uids, embeddings = zip(*pending, strict=True)
-        write_part(work, rows_table(index, uids, torch.stack(embeddings), column_names(layers)))
+        index, uids, embeddings, is_shortened = zip(*pending, strict=True)
+        write_part(work, rows_table(index, uids, torch.stack(embeddings), column_names(layers), is_shortened))
         pending.clear()
 
     with progress(batches.n_recordings, "extract") as bar:
         for batch, embeddings in embed_batches(encoder, batches, layers, pooling):
-            for i, uid, embedding in zip(batch.index, batch.uids, embeddings, strict=True):
+            for i, uid, embedding, is_cut in zip(batch.index, batch.uids, embeddings, batch.is_shortened, strict=True):
                 if embedding.isfinite().all():
-                    pending.append((rows[i] if rows is not None else i, uid, embedding))
+                    pending.append((rows[i] if rows is not None else i, uid, embedding, is_cut))
                 else:
                     batches.failures.append(Failure(i, uid, None, "encode", NOT_FINITE))
             bar.advance(len(batch.uids), batch.audio_s)
@@ -135,7 +138,7 @@ def merge_parts(
         return 0
     table = pa.concat_tables(parts).combine_chunks()
     _, first = np.unique(table["row"].to_numpy(), return_index=True)
-    table = table.take(pa.array(first)).drop_columns("row").replace_schema_metadata(about)
+    table = table.take(pa.array(first)).drop_columns(["row", "is_shortened"]).replace_schema_metadata(about)
     with writing(path) as temporary:
         pq.write_table(table, temporary)
     return table.num_rows

@@ -110,12 +110,12 @@ def extract_embeddings(
         check_inputs(folder, config, fingerprints)
         warnings = compare_sound(config, encoder) + find_unused(config)
     with recording(folder, config, fingerprints, warnings) as work:
-        rows = sorted(set(range(len(table))) - rows_done(work))
+        rows = sorted(set(range(len(table))) - set(rows_done(work)))
         batches = read_batches(config, table.iloc[rows], [], encoder)
         with closing(batches):
             extract(encoder, batches, work, layers, config.pooling_mode, rows)
         n_rows = merge_parts(work, folder / "embeddings.parquet", describe_table(folder, layers))
-        return finish(folder, n_rows, [take_notes(batches)])
+        return finish(folder, n_rows, [take_notes(batches) | {"n_shortened": sum(rows_done(work).values())}])
 
 # %% ../nbs/14_run.ipynb #a138b078
 def write_evaluation(
