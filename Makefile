@@ -21,7 +21,7 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-demo: $(READY) ## fine-tune, evaluate and extract on the shipped recordings, offline, in two minutes
+demo: $(READY) ## fine-tune, evaluate and extract on the shipped recordings, offline
 	$(BIN)/python -m w2v2nb demo
 
 test: $(READY) ## run the tests
@@ -50,4 +50,4 @@ constraints: ## resolve constraints.txt anew (needs uv)
 	python3 tools/constraints.py
 
 clean: ## remove what can be made again
-	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist build w2v2nb-demo *.egg-info .pytest_cache .ruff_cache

@@ -31,6 +31,12 @@ def error(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
 
 
+def test_a_path_is_not_a_recording(checkpoints):
+    encoder = Encoder.from_pretrained(checkpoints["wav2vec2"], device="cpu")
+    with pytest.raises(TypeError, match="decode it first"):
+        encoder.embed(["a.wav"])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_layer_equals_plain_transformers_alone(variant, checkpoints, recordings):
     encoder = Encoder.from_pretrained(checkpoints[variant], device="cpu")
@@ -182,7 +188,7 @@ def test_accepted_recordings(checkpoints):
     [
         ([], "the list of recordings is empty"),
         ([np.zeros((2, 4000))], r"recording 0 has shape \(2, 4000\).*averaged first"),
-        (np.zeros(4000), r"recording 0 has shape \(\).*list of 1-D arrays"),
+        (np.zeros(4000), "embed takes a list of them"),
         ([np.zeros(4000), np.zeros(4000, dtype=np.int16)], "recording 1 holds int16 values.*32768"),
         ([np.full(4000, np.nan)], "recording 0 holds NaN"),
         ([np.zeros(4000), np.zeros(399), np.zeros(0)], r"1 \(399 samples\), 2 \(0 samples\).*at least 400 samples"),

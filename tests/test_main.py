@@ -26,9 +26,9 @@ def test_the_default_mode_is_finetune():
 
 
 def test_every_short_flag_is_a_token_of_its_own():
-    flags = "-i a -s b -d c -l d -b e -p f -o g -mp h -c i -pm max -bs 3 -nw 0 -e 5 -lr 0.5 -m finetune".split()
+    flags = "-i a -s b -d c -l d -b e -p f -o g -mp h -c i -pm max -bs 3 -nw 0 -e 5 -lr 0.5 -m eval-only".split()
     config = read_arguments(flags)
-    assert (config.mode, config.mdl_path, config.project_name, config.pooling_mode) == ("finetune", "h", "f", "max")
+    assert (config.mode, config.mdl_path, config.project_name, config.pooling_mode) == ("eval-only", "h", "f", "max")
     assert (config.bucket_name, config.batch_size, config.epochs, config.learning_rate) == ("e", 3, 5, 0.5)
 
 
@@ -47,7 +47,8 @@ def test_negative_layers_and_bare_booleans():
         (["--epochs", "three"], "epochs is 'three' but should be a whole number"),
         (["--epochs"], "expected one argument"),
         (["--trim", "perhaps"], "trim is 'perhaps' but should be True or False"),
-        (["evaluate"], "'evaluate' is not a mode; it should be one of finetune, eval-only, extraction"),
+        (["evaluate"], "'evaluate' is not a mode (did you mean eval-only?); it should be one of finetune, eval-only, extr"),
+        (["finetune", *"-i a -d b -l c -o d -mp e".split()], "finetune starts from a checkpoint"),
         (["extraction", "-m", "finetune"], "is not a mode"),
         (["extraction"], "extraction needs prefix, data_split_root, exp_dir"),
         ([], "finetune needs prefix, data_split_root, label_txt, exp_dir"),

@@ -7,7 +7,7 @@ import torch
 from conftest import VARIANTS
 
 from w2v2nb.encoder import Encoder, pool
-from w2v2nb.model import Classifier, Head, check_labels, flatten_labels
+from w2v2nb.model import Classifier, Head, check_labels, flatten_labels, score_recordings
 
 GROUPS = [["slow rate", "rapid rate"], ["breathy"]]
 
@@ -77,6 +77,16 @@ def test_scores(encoder, batch):
 
 
 # --- what trains
+
+
+@pytest.mark.parametrize("loss", ["MSE", "BCE"])
+def test_recordings_are_scored_as_in_a_batch(loss, encoder, batch, recordings):
+    torch.manual_seed(0)
+    model = Classifier(encoder, GROUPS, loss=loss).train()
+    scores = score_recordings(model, recordings[1:4])
+    assert model.heads.training and not scores.requires_grad and scores.dtype == torch.float32
+    model.eval()
+    assert torch.allclose(scores, model.scores(model(*batch)), atol=1e-5)
 
 
 def test_frozen(encoder, batch):
@@ -265,7 +275,7 @@ def test_broken_weights(saved):
 
 def test_not_a_model(saved, checkpoints, tmp_path):
     refused(checkpoints["wav2vec2"], "a checkpoint, not a fine-tuned model.*NAME_model")
-    refused(tmp_path / "none", "not a model saved by w2v2nb.*holds: nothing")
+    refused(tmp_path / "none", "there is no folder .*none .beside it: ")
     edit(saved, format_version=2)
     refused(saved, "format version 2")
     (saved / "config.json").write_text('{"classifiers": []}')

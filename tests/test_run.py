@@ -197,7 +197,8 @@ def test_no_row_is_exit_status_1(tmp_path, capsys):
     arguments = ["-i", str(tmp_path / "audio"), "-d", str(tmp_path / "t.csv"), "-c", samples.checkpoint()]
     arguments += ["-o", str(tmp_path / "x")]
     assert main(["extraction", *arguments]) == 1
-    assert "0 rows written" in capsys.readouterr().out.splitlines()[-1]
+    example, last = capsys.readouterr().out.splitlines()[-2:]
+    assert "0 rows written" in last and "nobody (find)" in example
     assert not (tmp_path / "x" / "t_embeddings.parquet").exists() and (tmp_path / "x" / "t_failures.csv").exists()
 
 
@@ -330,8 +331,8 @@ def test_layers_named_twice_and_broken_models_are_refused_before_any_work(small,
 def test_what_is_given_and_has_no_effect_is_said(small, tmp_path):
     folder = start(embed(small / "test.csv", tmp_path / "x", epochs=3))
     assert folder.about["warnings"] == ["epochs has no effect in extraction"]
-    folder = start(tune(small, tmp_path / "y", val_share=0.5, mdl_path="elsewhere"))
-    assert [w.split()[0] for w in folder.about["warnings"]] == ["mdl_path", "val_share"]
+    folder = start(tune(small, tmp_path / "y", val_share=0.5))
+    assert folder.about["warnings"] == ["val_share has no effect: the split has a validation table of its own"]
 
 
 def test_people_that_cannot_be_told_apart_are_mentioned(small, tmp_path):

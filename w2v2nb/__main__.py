@@ -119,7 +119,9 @@ def read_arguments(
     modes = {*words, *([values.pop("mode")] if "mode" in values else [])} or {"finetune"}
     mode, *more = sorted(modes)
     if more or mode not in MODES:
-        raise ConfigError(f"{' '.join(sorted(modes))!r} is not a mode; it should be one of {', '.join(MODES)}, or demo")
+        near = get_close_matches(mode, MODES, n=1, cutoff=0.4)
+        hint = f" (did you mean {near[0]}?)" if near and not more else ""
+        raise ConfigError(f"{' '.join(sorted(modes))!r} is not a mode{hint}; it should be one of {', '.join(MODES)}, or demo")
     return configure(mode, **values)
 
 # %% ../nbs/15_main.ipynb #a051442f
@@ -159,6 +161,7 @@ def demo(
 
 
 NEXT = """
+In a clone, first: . .venv/bin/activate
 Your own recordings: a folder with UID.wav (or flac, mp3, m4a ...) or UID/waveform.wav, and CSVs with a column uid.
   w2v2nb extraction -i RECORDINGS -d TABLE.csv -c CHECKPOINT -o RESULTS
   w2v2nb finetune -i RECORDINGS -d FOLDER_WITH_TRAIN_AND_TEST_CSV -l LABELS.txt -c CHECKPOINT -e 10 -o RESULTS

@@ -72,7 +72,7 @@ def find(
         return join(parent, name)
     raise FileNotFoundError(
         f"{uid}: neither {join(base, uid)}/waveform.* nor {join(base, uid)}.* is there; "
-        "correct the prefix, the study or the uid"
+        "correct the prefix, the study or the uid, which goes without the file's extension"
     )
 
 # %% ../nbs/02_audio.ipynb #1b0a34bc

@@ -154,12 +154,13 @@ def conflicts(
     config: Config,  # each value right by itself
 ) -> list[str]:
     "What is wrong with values in combination."
-    is_clip, is_list = config.padding == "clip", isinstance(config.layer, str)
+    is_clip, is_list, is_tuned = config.padding == "clip", isinstance(config.layer, str), bool(config.mdl_path)
     is_device = re.fullmatch(r"(cuda(:\d+)?|mps|cpu)?", config.device or "")
     checks = {
         "clip_length is 0 but padding clip pads to it: give the number of frames, such as 160000": is_clip
         and config.clip_length == 0,
         "resume and overwrite are both set: choose one": config.resume and config.overwrite,
+        "mdl_path is for eval-only and extraction: finetune starts from a checkpoint": is_tuned and config.mode == "finetune",
         f"layer is {config.layer} but {config.mode} takes one layer": is_list and config.mode != "extraction",
         f"dataset is {config.dataset!r} but should be a name without slashes": "/" in (config.dataset or ""),
         f"device is {config.device!r} but should be cuda, cuda:N, mps or cpu": not is_device,

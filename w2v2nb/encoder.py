@@ -44,6 +44,8 @@ def as_waveform(
     "A recording as a float32 tensor (samples,). Raises `ValueError` for another shape, whole numbers, NaN or infinity."
     import numpy as np
 
+    if isinstance(recording, (str, os.PathLike)):
+        raise TypeError(f"recording {position} is a path, not a waveform; decode it first: `w2v2nb.audio.decode` (then resample)")
     if not isinstance(recording, torch.Tensor):
         recording = torch.from_numpy(np.array(recording))
     if recording.ndim != 1:
@@ -97,6 +99,8 @@ def embed_recordings(
     max_padded_s: float = 60.0,  # audio in one batch, padding included, in seconds
 ) -> torch.Tensor:
     "Embeddings as a float32 CPU tensor: (n, hidden), or (n, layers, hidden) for a list of layers."
+    if getattr(waveforms, "ndim", 0) == 1 and waveforms.dtype != object:
+        raise ValueError("a single recording was given; embed takes a list of them: pass [waveform]")
     waveforms = [as_waveform(x, i) for i, x in enumerate(waveforms)]
     if not waveforms:
         raise ValueError("the list of recordings is empty; give at least one")

@@ -95,8 +95,8 @@ def load_model(
 def load_encoder(
     config: Config,  # mdl_path or checkpoint, device, precision
 ) -> Encoder:
-    "The encoder of the fine-tuned model, if one is given and the mode takes it, else of the checkpoint."
-    if config.mdl_path and config.mode != "finetune":
+    "The encoder of the fine-tuned model, if one is given, else of the checkpoint."
+    if config.mdl_path:
         return load_model(config).encoder
     return Encoder.from_pretrained(config.checkpoint, precision=config.precision, device=config.device)
 
@@ -160,8 +160,7 @@ def compare_sound(
     sentences = []
     if config.resample_rate != encoder.sample_rate:
         sentences.append(f"resample_rate is {config.resample_rate} Hz, the checkpoint expects {encoder.sample_rate} Hz")
-    is_tuned = config.mdl_path and config.mode != "finetune"
-    trained = read_json(storage.stage(config.mdl_path) / "sound.json") if is_tuned else {}
+    trained = read_json(storage.stage(config.mdl_path) / "sound.json") if config.mdl_path else {}
     for name in SOUND:
         value = getattr(config, name)
         if trained.get(name, value) != value:

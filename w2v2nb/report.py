@@ -212,7 +212,7 @@ def plot_roc(
     labels = list(labels or find_labels(table))
     is_shared = len(labels) <= len(palette) * len(line_styles)
     n_rows, n_columns = (1, 1) if is_shared else (-(-len(labels) // 4), 4)
-    picture = Picture(figsize=(7.5, 4) if is_shared else (11, 3.2 * n_rows), layout="constrained")
+    picture = Picture(figsize=(9, 4) if is_shared else (11, 3.2 * n_rows), layout="constrained")
     frames = picture.subplots(n_rows, n_columns, squeeze=False).flat
     for number, label in enumerate(labels):
         draw_roc(frames[0 if is_shared else number], table, label, number if is_shared else 0)

@@ -57,6 +57,9 @@ def finish(
         print(f"{len(problems)} metadata.json disagree with their recordings or are damaged; run.json lists them")
     if n_shortened:
         print(f"{n_shortened} recordings were longer than clip_length and were shortened; --clip_length 0 keeps them whole")
+    if found:
+        first = next(iter(found.values()))
+        print(f"set aside, for example: {first['uid']} ({first['stage']}): {first['error']}")
     print(f"{n_rows} rows written to {folder.path}, {len(found)} recordings set aside (see {(folder / 'failures.csv').name})")
     return folder
 
@@ -161,7 +164,7 @@ def describe(
         rated = [f"{(column == 1).sum()} of {(column == column).sum()}" for column in columns]
         rows[part] = {"recordings": str(len(table)), **dict(zip(model.labels, rated, strict=True))}
     n_trained, n_all = (sum(weight.numel() for weight in w) for w in (trainable(model).values(), model.parameters()))
-    return f"{pd.DataFrame(rows)}\n(positive of rated) {n_trained:,} of {n_all:,} parameters are trained"
+    return f"{pd.DataFrame(rows)}\n(positive of rated)\n{n_trained:,} of {n_all:,} parameters are trained"
 
 # %% ../nbs/14_run.ipynb #b9e43712
 def train_epochs(
