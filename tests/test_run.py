@@ -414,7 +414,7 @@ def test_a_killed_extraction_resumes_to_the_same_table(tmp_path):
     rows = pd.DataFrame({"uid": [f"{i:05}" for i in range(len(paths) * 6)], "path": paths * 6})
     rows.to_csv(tmp_path / "t.csv", index=False)
     arguments = ["extraction", "-i", samples.prefix(), "-d", str(tmp_path / "t.csv"), "-c", samples.checkpoint()]
-    arguments += ["--device", "cpu"]
+    arguments += ["--device", "cpu", "--clip_length", "48000"]
     killed = [*arguments, "-o", str(tmp_path / "killed")]
     kill_when(killed, lambda: list((tmp_path / "killed").glob("t_work/part-*.parquet")))
     assert RunFolder(tmp_path / "killed").about["state"] == "running"
