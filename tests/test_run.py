@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from w2v2nb import samples, storage
 from w2v2nb.__main__ import main
@@ -237,6 +238,16 @@ def test_a_resume_on_other_inputs_is_refused_with_their_names(small, tmp_path):
     read(table).iloc[::-1].to_csv(table, index=False)
     with pytest.raises(ConfigError, match="t.csv changed since"):
         start(embed(table, tmp_path / "x", resume=True))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_parts_without_a_record_are_not_used(small, tmp_path, resume):
+    from w2v2nb.extract import rows_table, write_part
+
+    stale = rows_table([0], ["stale"], torch.zeros(1, 1, 80), ["embedding"], [False])
+    write_part(tmp_path / "x" / "test_work", stale)
+    folder = start(embed(small / "test.csv", tmp_path / "x", resume=resume))
+    assert pd.read_parquet(folder / "embeddings.parquet").uid.tolist() == read(small / "test.csv").uid.tolist()
 
 
 def test_a_finished_run_whose_results_were_lost_is_done_again(small, tmp_path):

@@ -230,7 +230,10 @@ def recording(
         if config.overwrite and folder.about:
             remove(folder)
         remove_leftovers(folder, run_name(config))
+        is_resumed = config.resume and bool(folder.about)
         folder.write(**describe_run(folder, config, fingerprints, warnings))
+        if not is_resumed:  # a work folder without its record belongs to nobody
+            shutil.rmtree(folder / "work", ignore_errors=True)
         for sentence in warnings:
             print(f"warning: {sentence}")
         started, end = time.monotonic(), {"state": "interrupted"}
