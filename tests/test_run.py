@@ -19,7 +19,7 @@ import torch
 from w2v2nb import samples, storage
 from w2v2nb.__main__ import main
 from w2v2nb.config import ConfigError, configure
-from w2v2nb.folder import RunFolder
+from w2v2nb.folder import RunFolder, claim, recording
 from w2v2nb.run import start
 
 SPLITS = samples.split_root()
@@ -298,6 +298,17 @@ def run_limited(arguments, n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 
     return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+
+
+def test_a_folder_that_another_process_used_meanwhile_is_left_alone(small, tmp_path):
+    config = embed(small / "test.csv", tmp_path)
+    first, second = claim(config), claim(config)
+    with recording(first, config, {}, []):
+        pass
+    before = (tmp_path / "run.json").read_text()
+    with pytest.raises(ConfigError, match="another process has been at work"), recording(second, config, {}, []):
+        pass
+    assert (tmp_path / "run.json").read_text() == before
 
 
 def test_a_run_that_failed_says_so_and_forgets_it_once_it_is_finished(small, tmp_path):

@@ -227,6 +227,8 @@ def recording(
     "Context manager around the work: yields the work folder; run.json says running, then how it ended."
     folder.path.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        if read_record(folder.path / "run.json") != folder.about:
+            raise ConfigError(f"another process has been at work in {folder.path} meanwhile; give exp_dir another folder")
         if config.overwrite and folder.about:
             remove(folder)
         remove_leftovers(folder, run_name(config))
