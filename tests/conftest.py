@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the five families, made once per session; no test needs the hub."""
+"""Tiny random checkpoints of the five families, made once per session, and small helpers; no test needs the hub."""
 
 import json
 import os
@@ -78,3 +78,15 @@ def recordings():
     torch.manual_seed(1)
     lengths = [48000, 1600, 16000, 400, 7777, 30000, 719, 720]
     return [torch.randn(n) * (0.02 + 0.05 * i) + 0.02 * i for i, n in enumerate(lengths)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    "Write a file of text or bytes into `tmp_path`; its path."
+
+    def write(content, name="table.csv"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write

@@ -29,16 +29,6 @@ from w2v2nb.data import (
 NAN = float("nan")
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(content, name="table.csv"):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
-
-
 @pytest.fixture(scope="module")
 def sample_table():
     return pd.concat([read_annotations(f"{samples.split_root()}/{part}.csv") for part in ("train", "test")], ignore_index=True)

@@ -5,17 +5,6 @@ import pytest
 from w2v2nb.data import read_targets
 from w2v2nb.table import read_annotations, read_labels, separate_heads
 
-
-@pytest.fixture
-def write(tmp_path):
-    def write(content, name="table.csv"):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
-
-
 # annotations
 
 

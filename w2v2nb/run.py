@@ -34,6 +34,7 @@ from w2v2nb.inputs import (
     read_classifiers,
     read_parts,
     read_table,
+    read_transform,
 )
 from .model import Classifier
 from .train import Trainer, load_state, save_state, take_notes, trainable
@@ -108,7 +109,7 @@ def extract_embeddings(
         table = read_table(config, [])
         encoder = load_encoder(config)
         layers = read_layers(config, encoder)
-        batches = read_batches(config, table, [], encoder)
+        read_transform(config)  # the folder of the recordings has to be there
         fingerprints = fingerprint_inputs(config, encoder)
         check_inputs(folder, config, fingerprints)
         warnings = compare_sound(config, encoder) + find_unused(config)
