@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks export outputs lint wheel constraints clean
+.PHONY: help setup demo test notebooks export outputs lint wheel constraints bench clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,5 +49,12 @@ wheel: $(READY) ## build dist/*.whl
 constraints: ## resolve constraints.txt anew (needs uv)
 	python3 tools/constraints.py
 
+bench: $(READY) .bench/ready ## compare speed, memory and error with others: make bench BENCH=--help
+	$(BIN)/python tools/bench.py run $(BENCH)
+
+.bench/ready: tools/bench_requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target .bench -r $<
+	@touch $@
+
 clean: ## remove what can be made again
-	rm -rf $(VENV) dist build w2v2nb-demo *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .bench dist build w2v2nb-demo *.egg-info .pytest_cache .ruff_cache

@@ -13,7 +13,7 @@ SMALL = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
     "conv_dim": (8,) * 7,
-    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embeddings": 64,  # long enough for the product of transforms
     "num_conv_pos_embedding_groups": 2,
     "vocab_size": 6,
 }
@@ -27,7 +27,7 @@ VARIANTS = {
     "wavlm": ("wavlm", {"num_buckets": 32, "max_bucket_distance": 80}),
     "wavlm-stable": ("wavlm", {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "num_buckets": 32}),
     "data2vec-audio": ("data2vec-audio", {"num_conv_pos_embeddings": 5, "conv_pos_kernel_size": 19}),
-    "unispeech-sat": ("unispeech-sat", {}),
+    "unispeech-sat": ("unispeech-sat", {"num_conv_pos_embeddings": 16}),
     "unispeech-sat-stable": ("unispeech-sat", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
 }
 CLASSES = {

@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from w2v2nb.batch import Batches, Item, Reader, collate, cut, cut_stream
+from w2v2nb.batch import Batches, Failure, Reader, collate, halve, padded_seconds, with_backoff
 from w2v2nb.transforms import RecordingError
+from w2v2nb.windows import Item, cut, cut_stream
 from w2v2nb.workers import WorkerError
 
 LENGTHS = np.random.default_rng(0).integers(100, 5000, size=200)
@@ -139,7 +141,7 @@ def test_sorting_saves_padding():
 
 
 def test_large_batches_of_short_recordings_are_still_sorted():
-    lengths = np.random.default_rng(2).integers(200, 4000, size=4000)
+    lengths = np.random.default_rng(2).integers(200, 4000, size=10000)
     batches = list(Batches(Fake(lengths), max_padded_s=20))
     assert sum(b.padded_s for b in batches) < 1.15 * sum(b.audio_s for b in batches)
 
@@ -162,14 +164,44 @@ def test_reader_is_never_far_ahead(n_most, n_samples):
     assert ahead <= n_most + 8 and ahead_samples <= 2 * n_samples + 8 * 4000
 
 
+def count_reads(dataset, **options):
+    """How many recordings were read when each batch was made; no thread ahead, which would blur it."""
+    batches, counts = Batches(dataset, **options), []
+    batches.background.run = lambda make, is_alone: make(threading.Event())
+    for _ in batches:
+        counts.append(dataset.n_read)
+    return counts
+
+
 def test_reading_goes_on_between_batches():
     """While a window is handed out the next one fills, a batch at a time."""
-    dataset = Fake([100] * 600)
-    iterator, counts = iter(Batches(dataset, max_items=8)), []
-    for _ in range(40):
-        next(iterator)
-        counts.append(dataset.n_read)
-    assert counts[0] == 256 and max(np.diff(counts)) == 8
+    counts = count_reads(Fake([100] * 1500), max_items=8)
+    steady = counts[5 : counts.index(1500)]
+    assert len(steady) > 50 and set(np.diff(steady)) == {8}
+
+
+def test_the_first_batch_comes_soon_and_costs_little_padding():
+    dataset = Fake(np.random.default_rng(3).integers(1600, 32000, size=3000))
+    counts = count_reads(dataset, max_padded_s=20)
+    assert counts[0] <= 128 and max(np.diff([0, *counts[:4]])) <= 256
+    whole, growing = (list(cut_stream(read_items(dataset.lengths), max_padded=320_000, n_first=n)) for n in (None, 64))
+    padded = [sum(len(group) * max(len(i.waveform) for i in group) for group in groups) for groups in (whole, growing)]
+    assert padded[1] < 1.02 * padded[0]
+    assert sorted(item.index for group in growing for item in group) == list(range(3000))
+
+
+def read_items(lengths):
+    return (Item(i, str(i), np.zeros(n, np.float32), np.zeros(0, np.float32)) for i, n in enumerate(lengths))
+
+
+def test_hours_are_not_held_by_the_dozen():
+    """Ten recordings beyond window_s, with a limit of eight to a batch: each goes alone, and few are in memory."""
+    batches = Batches(dataset := Fake([40000] * 10), max_items=8, max_padded_s=1.0)
+    batches.window_s, ahead = 2.0, []
+    batches.background.run = lambda make, is_alone: make(threading.Event())
+    for n_given, _ in enumerate(batches):
+        ahead.append(dataset.n_read - n_given)
+    assert max(ahead) <= 4
 
 
 def test_cut_equals_a_plain_description():
@@ -296,3 +328,243 @@ def test_importing_batch_imports_no_pandas_or_transformers():
     heavy = ("transformers", "pandas", "librosa", "sklearn", "matplotlib")
     code = f"import sys, w2v2nb.batch; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# The thread that reads ahead
+
+
+class Slow(Fake):
+    """Takes its time for each recording, as decoding does."""
+
+    def __init__(self, *arguments, seconds=0.01, **options):
+        super().__init__(*arguments, **options)
+        self.seconds, self.threads = seconds, set()
+
+    def __getitem__(self, i):
+        self.threads.add(threading.get_ident())
+        time.sleep(self.seconds)
+        return super().__getitem__(i)
+
+
+def reader_of(batches):
+    (thread,) = batches.background.pool._threads
+    return thread
+
+
+def wait_until(is_so, timeout_s=10):
+    end = time.time() + timeout_s
+    while not is_so() and time.time() < end:
+        time.sleep(0.02)
+    return is_so()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_reading_overlaps_with_what_the_consumer_does(shuffle):
+    dataset = Slow([100] * 320)
+    batches, waited = Batches(dataset, max_items=8, shuffle=shuffle), []
+    stream = iter(batches)
+    while True:
+        begun = time.time()
+        if next(stream, None) is None:
+            break
+        waited.append(time.time() - begun)
+        time.sleep(0.16)  # the encoder, twice as slow as reading
+    assert len(waited) == 40 and sum(waited[8:]) < 0.5 * 32 * 0.08
+    assert threading.get_ident() not in dataset.threads
+    batches.close()
+
+
+def test_reading_begins_with_iter_and_stays_two_batches_ahead():
+    dataset = Fake([100] * 2000)
+    batches = Batches(dataset, max_items=8, shuffle=True)
+    stream = iter(batches)
+    assert wait_until(lambda: dataset.n_read >= 256)
+    time.sleep(0.2)
+    assert dataset.n_read <= 256 + 8
+    del stream
+    reader = reader_of(batches)
+    batches.close()
+    assert not reader.is_alive()
+
+
+def test_leaving_early_ends_the_pass_and_close_the_thread():
+    dataset = Slow([100] * 2000)
+    batches = Batches(dataset, max_items=8)
+    for _ in batches:
+        break
+    time.sleep(0.3)
+    n_read = dataset.n_read
+    time.sleep(0.3)
+    assert dataset.n_read == n_read < 300
+    begun = time.time()
+    iter(batches)  # forgotten at once
+    reader = reader_of(batches)
+    batches.close()
+    assert time.time() - begun < 1 and not reader.is_alive()
+    assert len(list(Batches(Fake(), max_items=8))) == 25, "another pass is whole"
+
+
+def test_thread_ends_with_its_batches():
+    batches = Batches(Slow([100] * 2000), max_items=8)
+    stream = iter(batches)
+    next(stream)
+    reader = reader_of(batches)
+    del batches, stream
+    assert wait_until(lambda: not reader.is_alive())
+
+
+def test_an_exception_of_the_consumer_ends_the_pass():
+    dataset, readers = Slow([100] * 2000), []
+
+    def encode():
+        batches = Batches(dataset, max_items=8)
+        for _ in batches:
+            readers.append(reader_of(batches))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        encode()
+    assert wait_until(lambda: not readers[0].is_alive())
+    assert dataset.n_read < 300
+
+
+def test_passes_over_the_same_batches_do_not_mix():
+    batches = Batches(Fake(bad=[3]), max_items=8)
+    pairs = list(zip(batches, batches, strict=True))
+    assert len(pairs) == 25 and all(a.uids == b.uids for a, b in pairs)
+    assert len(batches.failures) == 1 and batches.n_shortened == 20
+
+
+def test_a_pass_that_was_ended_does_not_look_complete():
+    batches = Batches(Fake(), max_items=8)
+    stream = iter(batches)
+    next(stream)
+    batches.close()
+    with pytest.raises(RuntimeError, match="this pass was ended"):
+        next(stream)
+
+
+def test_bug_comes_at_its_place():
+    n = 0
+    with pytest.raises(RuntimeError, match="uid 000150"):
+        for _ in Batches(Fake([100] * 200, bug=150), max_items=8):
+            n += 1
+    assert n > 0
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from test_batch import Batches, Slow
+batches = Batches(Slow([100] * 5000), max_items=8)
+stream = iter(batches)
+next(stream)
+print("going", flush=True)
+{end}
+"""
+ENDS = {
+    "the end of the script": "",
+    "an exception": "raise ValueError('mine')",
+    "exit": "sys.exit(3)",
+    "a pause": "time.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_interpreter_ends_in_the_middle_of_a_pass(end):
+    code = SCRIPT.format(folder=os.path.dirname(__file__), end=ENDS[end])
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "going\n"
+    begun = time.time()
+    if end == "a pause":
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert time.time() - begun < 10 and "Exception ignored" not in err
+    assert ("KeyboardInterrupt" in err) == (end == "a pause") and process.returncode in {0, 1, 3, 130, -signal.SIGINT}
+
+
+# Memory
+
+
+def make_batch(*lengths):
+    items = [Item(i, f"{i:06}", np.full(n, i + 1, np.float32), np.full(1, i, np.float32), i == 1) for i, n in enumerate(lengths)]
+    return collate(items)
+
+
+def room_for(n_samples, calls):
+    """A step with that much room, which really raises what torch raises."""
+
+    def step(batch):
+        calls.append(batch.waveform.numel())
+        if batch.waveform.numel() > n_samples:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return batch.waveform.sum(1)
+
+    return step
+
+
+@pytest.mark.parametrize("room", [10**6, 2000, 700, 500])
+def test_backing_off_gives_every_recording_its_result_in_order(room):
+    batch, calls = make_batch(100, 120, 300, 300, 310, 450, 500), []
+    pieces = with_backoff(room_for(room, calls), batch)
+    assert [uid for piece, _ in pieces for uid in piece.uids] == batch.uids
+    assert torch.cat([result for _, result in pieces]).tolist() == batch.waveform.sum(1).tolist()
+    assert all(piece.waveform.numel() <= room and piece.waveform.shape[1] == piece.lengths.max() for piece, _ in pieces)
+    assert len(pieces) == 1 if room == 10**6 else len(calls) > len(pieces) > 1
+
+
+def test_a_recording_that_does_not_fit_alone_is_set_aside_and_the_rest_comes():
+    pieces = with_backoff(room_for(400, []), make_batch(100, 120, 300, 900))
+    (failure,) = [result for _, result in pieces if isinstance(result, Failure)]
+    assert (failure.index, failure.uid, failure.stage) == (3, "000003", "encode") and "clip_length" in failure.error
+    assert sum(len(piece) for piece, result in pieces if not isinstance(result, Failure)) == 3
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def step(batch):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="device-side"):
+        with_backoff(step, make_batch(1, 2))
+
+
+def test_halves_are_whole_batches():
+    batch = make_batch(5, 3, 4)
+    first, second = halve(batch)
+    assert (first.index, second.index, first.is_shortened, second.is_shortened) == ([0], [1, 2], [False], [True, False])
+    assert (first.waveform.shape, second.waveform.shape, second.targets.tolist()) == ((1, 5), (2, 4), [[1.0], [2.0]])
+    assert second.mask.sum(1).tolist() == [3, 4] and second.sample_rate == 16000
+
+
+def test_padded_seconds_without_a_gpu_are_fixed():
+    assert padded_seconds("cpu", 768, 12) == 60 and padded_seconds("cpu", 1024, 24, on_cpu_s=20) == 20
+
+
+def test_padded_seconds_follow_the_free_memory(monkeypatch):
+    def seconds(free_gb, *model):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))
+        return padded_seconds("cuda", *model)
+
+    assert seconds(80, 768, 12) == 320 and 40 < seconds(4, 768, 12) < 100
+    assert seconds(2, 1024, 24) < seconds(2, 768, 12) < seconds(4, 768, 12)
+
+
+def test_pinning_without_a_gpu_changes_nothing():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (batch,) = Batches(Fake([300]), max_items=8, pin_memory=True)
+    assert not batch.waveform.is_pinned()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu():
+    (batch,) = Batches(Fake([300] * 4), max_items=8, pin_memory=True)
+    assert batch.waveform.is_pinned() and batch.lengths.is_pinned() and batch.to("cuda").waveform.is_cuda
+    assert 1 < padded_seconds("cuda", 768, 12) <= 320
+    free = torch.cuda.mem_get_info()[0]
+
+    def step(piece):  # more than there is for the whole batch, little for one recording
+        n_bytes = free // 2 if len(piece) == 1 else 2 * free
+        return torch.empty(n_bytes, dtype=torch.uint8, device="cuda").numel()
+
+    assert [len(piece) for piece, _ in with_backoff(step, batch)] == [1] * 4

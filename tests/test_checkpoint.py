@@ -63,6 +63,24 @@ def test_bin_of_tensors_is_read(copy, checkpoints, recordings):
     assert torch.allclose(Encoder.from_pretrained(folder, device="cpu").embed(recordings), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_in_several_files(suffix, copy, checkpoints, recordings):
+    from safetensors.torch import save_file
+
+    folder, weights = copy
+    name = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    files = {key: name.replace(".", f"-0000{1 + i % 2}-of-00002.", 1) for i, key in enumerate(sorted(weights))}
+    for file in {*files.values()}:
+        part = {key: weights[key] for key in weights if files[key] == file}
+        save_file(part, folder / file) if suffix == "safetensors" else torch.save(part, folder / file)
+    (folder / f"{name}.index.json").write_text(json.dumps({"weight_map": files}))
+    expected = Encoder.from_pretrained(checkpoints["wav2vec2"], device="cpu").embed(recordings)
+    assert torch.equal(Encoder.from_pretrained(folder, device="cpu").embed(recordings), expected)
+    os.remove(folder / file)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Encoder.from_pretrained(folder, device="cpu")
+
+
 def test_missing_weights_are_named(copy, capfd):
     from safetensors.torch import save_file
 

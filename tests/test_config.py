@@ -16,7 +16,8 @@ prefix -i None; study -s None; data_split_root -d None; label_txt -l None; bucke
 lib - None; exp_dir -o None; dataset - None; resample_rate - 16000; reduce - True; clip_length - 160000; trim - False;
 mdl_path -mp None; checkpoint -c facebook/wav2vec2-base-960h; pooling_mode -pm mean; batch_size -bs 8; num_workers -nw 0;
 epochs -e 1; learning_rate -lr 0.0003; optim - adam; loss - MSE; layer - -1; padding - batch; precision - fp32;
-freeze - True; seed - 0; resume - False; overwrite - False; mode -m finetune
+freeze - True; seed - 0; resume - False; overwrite - False; mode -m finetune;
+window - None; hop - None; frames - False; embedding - layer; chunk_s - 0.0; context_s - 5.0
 """
 
 
@@ -33,7 +34,8 @@ def test_names_short_flags_and_defaults_are_the_contract_s(line):
     + [("trim", t, False) for t in ("False", "false", "0", "no", False, 0)]
     + [("lib", "None", None), ("lib", "", None), ("study", "None", None), ("study", " ", None), ("study", 7, "7")]
     + [("learning_rate", "1e-5", 1e-5), ("learning_rate", 1, 1.0), ("epochs", "3", 3), ("epochs", 3.0, 3)]
-    + [("layer", "-1", -1), ("layer", 6, 6), ("layer", "0, 6,12", "0,6,12")],
+    + [("layer", "-1", -1), ("layer", 6, 6), ("layer", "0, 6,12", "0,6,12"), ("layer", " all", "all")]
+    + [("pooling_mode", "mean, max", "mean,max"), ("window", "2", 2.0), ("window", "0", 0.0), ("chunk_s", 30, 30.0)],
 )
 def test_text_is_read_as_the_command_line_reads_it(name, text, value):
     assert getattr(configure("extraction", **GIVEN, **{name: text}), name) == value
@@ -50,11 +52,27 @@ def test_text_is_read_as_the_command_line_reads_it(name, text, value):
         (dict(learning_rate="nan"), "learning_rate is 'nan' but should be a finite number"),
         (dict(trim="perhaps"), "trim is 'perhaps' but should be True or False"),
         (dict(padding="none"), "padding is 'none' but should be 'batch' or 'clip'"),
-        (dict(pooling_mode="median"), "pooling_mode is 'median' but should be 'mean', 'sum' or 'max'"),
+        (dict(pooling_mode="median"), "pooling_mode is 'median' but should be mean, sum or max, or several"),
+        (dict(pooling_mode="mean,mean"), "pooling_mode is 'mean,mean' but should be"),
+        (dict(pooling_mode="mean,"), "pooling_mode is 'mean,' but should be"),
         (dict(optim="sgd"), "optim is 'sgd' but should be 'adam'"),
         (dict(scale="ordinal"), "scale is 'ordinal' but should be 'clinical'"),
         (dict(layer="last"), "layer is 'last' but should be a layer number"),
         (dict(layer=1.5), "layer is 1.5 but should be"),
+        (dict(layer="all,1"), "layer is 'all,1' but should be"),
+        (dict(window=-1), "window is -1 but should be greater than or equal to 0"),
+        (dict(hop=0, window=1), "hop is 0 but should be greater than 0"),
+        (dict(hop=1), "hop is 1.0 but there are no windows: give window as well"),
+        (dict(hop=1, window=0), "there are no windows"),
+        (dict(frames=True, window=1), "frames and window are both set: choose one"),
+        (dict(frames=True, pooling_mode="max"), "frames are not pooled: leave out pooling_mode"),
+        (dict(frames=True, embedding="dense", mdl_path="m"), "frames are of a layer, not of embedding dense"),
+        (dict(embedding="last"), "embedding is 'last' but should be 'layer', 'pooled' or 'dense'"),
+        (dict(embedding="pooled"), "embedding is pooled but that is a fine-tuned model's: give mdl_path"),
+        (dict(embedding="dense", mdl_path="m", layer=3), "has the model's own layer and pooling: leave out layer"),
+        (dict(embedding="pooled", mdl_path="m", layer=3, pooling_mode="max"), "leave out layer and pooling_mode"),
+        (dict(chunk_s=0.5), "chunk_s is 0.5 but should be 0, or at least 1 second"),
+        (dict(context_s=-1), "context_s is -1 but should be"),
         (dict(test_share=1), "test_share is 1 but should be less than 1"),
         (dict(clip_length=0, padding="clip"), "clip_length is 0 but padding clip pads to it"),
         (dict(resume=True, overwrite=True), "resume and overwrite are both set"),
@@ -102,9 +120,22 @@ def test_paths_may_be_path_objects():
     assert configure("extraction", **GIVEN | {"exp_dir": Path("a") / "b"}).exp_dir == "a/b"
 
 
-def test_several_layers_are_for_extraction():
-    with pytest.raises(ConfigError, match="finetune takes one layer"):
-        configure("finetune", **GIVEN, label_txt="l", layer="0,1")
+@pytest.mark.parametrize(
+    ("several", "sentence"),
+    [
+        (dict(layer="0,1"), "layer is 0,1 but finetune takes one layer"),
+        (dict(layer="all"), "layer is all but finetune takes one layer"),
+        (dict(pooling_mode="mean,max"), "pooling_mode is mean,max but finetune takes one pooling"),
+    ],
+)
+def test_several_layers_and_poolings_are_for_extraction(several, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        configure("finetune", **GIVEN, label_txt="l", **several)
+    assert configure("extraction", **GIVEN, **several)
+
+
+def test_what_only_extraction_knows_is_no_conflict_elsewhere():
+    assert configure("finetune", **GIVEN, label_txt="l", frames=True, window=1)
 
 
 def test_a_notebook_s_unknown_names_are_found_in_its_parameter_cells_only():

@@ -33,6 +33,8 @@ def read_requirements(key):
 requirements, dev_requirements = read_requirements("requirements"), read_requirements("dev_requirements")
 declared = {canonicalize_name(r.name) for r in requirements}
 dev_declared = {canonicalize_name(r.name) for r in dev_requirements}
+bench_lines = (root / "tools" / "bench_requirements.txt").read_text(encoding="utf-8").splitlines()
+benchmarked = {canonicalize_name(Requirement(line).name) for line in bench_lines if line and not line.startswith("#")}
 
 # what a distribution is called in an import statement, where that isn't its own name
 import_names = {"scikit-learn": "sklearn", "google-cloud-storage": "google", "ipython": "IPython"}
@@ -184,7 +186,8 @@ def test_what_run_notebooks_import_is_declared():
 
 def test_what_tests_tools_and_notebooks_import_is_declared():
     paths = [*(root / "tests").glob("*.py"), *(root / "tools").glob("*.py"), *(root / "nbs").glob("*.ipynb")]
-    names = {import_name(d) for d in declared | dev_declared} | {"setuptools"}
+    names = {import_name(d) for d in declared | dev_declared | benchmarked} | {"setuptools"}
+    names |= {path.stem for path in (root / "tools").glob("*.py")}  # one tool may import another
     missing = {path.name: sorted(found) for path in paths if (found := third_party(read_source(path)) - names)}
     assert not missing, f"imported but not declared: {missing}; add to settings.ini's dev_requirements"
 

@@ -47,7 +47,7 @@ def test_negative_layers_and_bare_booleans():
         (["--epochs", "three"], "epochs is 'three' but should be a whole number"),
         (["--epochs"], "expected one argument"),
         (["--trim", "perhaps"], "trim is 'perhaps' but should be True or False"),
-        (["evaluate"], "'evaluate' is not a mode (did you mean eval-only?); it should be one of finetune, eval-only, extr"),
+        (["evaluate"], "'evaluate' is not a mode (did you mean eval-only?); it should be finetune, eval-only, extraction, st"),
         (["finetune", *"-i a -d b -l c -o d -mp e".split()], "finetune starts from a checkpoint"),
         (["extraction", "-m", "finetune"], "is not a mode"),
         (["extraction"], "extraction needs prefix, data_split_root, exp_dir"),
@@ -99,7 +99,7 @@ def test_help_of_a_mode_however_it_is_named(capsys):
 
 
 def test_help_of_all_names_every_mode():
-    assert all(f"w2v2nb {mode}" in top_help() for mode in (*MODES, "demo"))
+    assert all(f"w2v2nb {mode}" in top_help() for mode in (*MODES, "status", "demo"))
     assert len(top_help().splitlines()) <= 24
 
 

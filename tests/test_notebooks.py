@@ -467,8 +467,9 @@ def test_run_notebooks_are_there(name):
     assert (nbs / "runs" / f"{name}.ipynb").is_file()
 
 
-def test_run_notebooks_are_left_out_of_nbdev_test():
-    assert (nbs / "runs" / ".notest").exists(), "nbs/runs/.notest is gone: without it nbdev_test runs these notebooks"
+@pytest.mark.parametrize("folder", ["runs", "bench"])
+def test_run_notebooks_are_left_out_of_nbdev_test(folder):
+    assert (nbs / folder / ".notest").exists(), f"nbs/{folder}/.notest is gone: without it nbdev_test runs these notebooks"
 
 
 def test_every_module_has_its_notebook():

@@ -104,7 +104,7 @@ def test_a_state_is_read_without_pickle(tmp_path):
 
 
 def test_the_best_epoch_is_the_first_with_the_highest_validation_metric():
-    trainer, kept = make(), []
+    trainer, kept = make(learning_rate=1e-2), []
     train, held_out = batches(TABLE.head(24)), batches(TABLE.tail(24), shuffle=False)
     for _ in range(6):
         trainer.run_epoch(train, held_out)

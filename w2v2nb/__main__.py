@@ -15,12 +15,14 @@ from importlib.metadata import version
 from typing import Literal, get_args, get_origin
 
 from .config import MODES, Config, ConfigError, configure
+from .status import status
 
 # %% ../nbs/15_main.ipynb #6912e106
 SUMMARY = {
     "finetune": "train a classifier on rated recordings and measure it on people it has not seen",
     "eval-only": "measure a fine-tuned model on a table of rated recordings",
     "extraction": "write one embedding per recording of a table",
+    "status": "how far a run is: w2v2nb status EXP_DIR",
     "demo": "all three on the recordings that ship with w2v2nb, offline: w2v2nb demo [FOLDER]",
 }
 
@@ -121,7 +123,7 @@ def read_arguments(
     if more or mode not in MODES:
         near = get_close_matches(mode, MODES, n=1, cutoff=0.4)
         hint = f" (did you mean {near[0]}?)" if near and not more else ""
-        raise ConfigError(f"{' '.join(sorted(modes))!r} is not a mode{hint}; it should be one of {', '.join(MODES)}, or demo")
+        raise ConfigError(f"{' '.join(sorted(modes))!r} is not a mode{hint}; it should be {', '.join(MODES)}, status or demo")
     return configure(mode, **values)
 
 # %% ../nbs/15_main.ipynb #a051442f
@@ -199,6 +201,11 @@ def main(
             if len(arguments) > 2 or any(is_flag(argument) for argument in arguments):
                 raise ConfigError("demo takes at most one word, the folder for its results: w2v2nb demo FOLDER")
             demo(*arguments[1:])
+            return 0
+        if arguments[:1] == ["status"]:
+            if len(arguments) != 2 or is_flag(arguments[1]):
+                raise ConfigError("status takes one word, the folder of a run: w2v2nb status EXP_DIR")
+            print(status(arguments[1]))
             return 0
         return work(read_arguments(arguments))
     except ConfigError as e:

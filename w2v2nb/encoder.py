@@ -6,7 +6,6 @@
 __all__ = ['pool', 'as_waveform', 'group_by_length', 'evaluating', 'embed_recordings', 'embed_frames', 'Encoder']
 
 # %% ../nbs/06_encoder.ipynb #4c0e6a05
-import json
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -15,8 +14,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .backbone import Backbone, check_precision, pick_device, refuse_short
-from .checkpoint import build, load_weights, locate, read_config, read_preprocessor
+from .architecture import build, complete
+from .backbone import Backbone, choose_precision, pick_device
+from .checkpoint import load_weights, locate, read_config, read_preprocessor
+from .frontend import refuse_short
 
 # %% ../nbs/06_encoder.ipynb #11b5798a
 def pool(
@@ -94,26 +95,29 @@ def evaluating(
 def embed_recordings(
     backbone: Backbone,  # the model
     waveforms: Sequence,  # 1-D arrays of floats at the model's sample rate
-    layer: int | list[int] = -1,  # one layer, or several
-    pooling: str = "mean",  # mean, sum or max
-    max_padded_s: float = 60.0,  # audio in one batch, padding included, in seconds
+    layer: int | list[int] | str = -1,  # one layer, several, or "all"
+    pooling: str | list[str] = "mean",  # mean, sum or max, or several of them
+    max_padded_s: float = 30.0,  # audio in one batch, padding included, in seconds
 ) -> torch.Tensor:
-    "Embeddings as a float32 CPU tensor: (n, hidden), or (n, layers, hidden) for a list of layers."
+    "Embeddings as a float32 CPU tensor: (n, hidden), with a dimension of layers, then one of poolings, where several are asked."
     if getattr(waveforms, "ndim", 0) == 1 and waveforms.dtype != object:
         raise ValueError("a single recording was given; embed takes a list of them: pass [waveform]")
     waveforms = [as_waveform(x, i) for i, x in enumerate(waveforms)]
     if not waveforms:
         raise ValueError("the list of recordings is empty; give at least one")
-    is_single = not isinstance(layer, (list, tuple))
-    lengths, layers = [len(x) for x in waveforms], [layer] if is_single else layer
+    layers = range(backbone.n_layers + 1) if layer == "all" else layer if isinstance(layer, (list, tuple)) else [layer]
+    poolings = pooling if isinstance(pooling, (list, tuple)) else [pooling]
+    lengths = [len(x) for x in waveforms]
     refuse_short(lengths, backbone.min_frames)
-    embeddings = torch.empty(len(waveforms), len(layers), backbone.hidden_size)
+    embeddings = torch.empty(len(waveforms), len(layers), len(poolings), backbone.hidden_size)
     with evaluating(backbone):
         for batch in group_by_length(lengths, int(max_padded_s * backbone.sample_rate)):
             padded = pad_sequence([waveforms[i] for i in batch], batch_first=True)
             states, n_frames = backbone(padded, torch.tensor([lengths[i] for i in batch]), layers)
-            embeddings[batch] = torch.stack([pool(x, n_frames, pooling) for x in states], 1).cpu()
-    return embeddings[:, 0] if is_single else embeddings
+            pooled = [torch.stack([pool(x, n_frames, mode) for mode in poolings], 1) for x in states]
+            embeddings[batch] = torch.stack(pooled, 1).cpu()
+    embeddings = embeddings if poolings is pooling else embeddings[:, :, 0]
+    return embeddings[:, 0] if layers == [layer] else embeddings
 
 # %% ../nbs/06_encoder.ipynb #d417b8fe
 def embed_frames(
@@ -125,8 +129,7 @@ def embed_frames(
     waveform = as_waveform(waveform)
     with evaluating(backbone):
         (states,), n_frames = backbone(waveform[None], torch.tensor([len(waveform)]), [layer])
-    first_sample = torch.arange(int(n_frames), dtype=torch.float64) * backbone.stride
-    return states[0].float().cpu(), (first_sample + backbone.min_frames / 2) / backbone.sample_rate
+    return states[0].cpu(), backbone.frame_times(int(n_frames))
 
 # %% ../nbs/06_encoder.ipynb #23220463
 class Encoder(Backbone):
@@ -136,29 +139,33 @@ class Encoder(Backbone):
     def from_pretrained(
         cls,
         checkpoint: str | os.PathLike,  # hub name, local folder or gs:// folder
-        precision: str = "fp32",  # fp32, bf16, or fp16 on CUDA
+        precision: str = "fp32",  # fp32, bf16, fp16 (CUDA), or auto: the fastest that costs next to no accuracy
         device: str | torch.device | None = None,  # None: CUDA, MPS or CPU, whichever is there first
     ) -> "Encoder":
         "The encoder of a checkpoint. Raises `FileNotFoundError` for none, `ValueError` for one that cannot be used."
         device = pick_device(device)
-        check_precision(precision, device)
+        precision, sentence = choose_precision(precision, device)
+        if sentence:
+            print(sentence)
         folder = locate(checkpoint)
-        return cls(load_weights(folder, read_config(folder)), read_preprocessor(folder), precision).to(device)
+        config = read_config(folder)
+        return cls(load_weights(folder, config), config, read_preprocessor(folder), precision).to(device)
 
     @classmethod
     def from_json(cls, settings: dict, precision: str = "fp32") -> "Encoder":
         "An encoder with random weights from what `to_json` returned: for loading weights into."
-        model_class, config = build(settings["config"])
-        return cls(model_class(config), settings["preprocessor"], precision)
+        config = complete(settings["config"])
+        return cls(build(config), config, settings["preprocessor"], precision)
 
     def to_json(self) -> dict:
-        "What `from_json` needs, of plain JSON types: `config` of the library's model, and `preprocessor`."
-        config = json.loads(self.model.config.to_json_string(use_diff=False))
-        return {"config": config, "preprocessor": self.preprocessor}
+        "What `from_json` needs, of plain JSON types: `config` of the architecture, and `preprocessor`."
+        return {"config": self.config, "preprocessor": self.preprocessor}
 
     @torch.no_grad()
-    def embed(self, waveforms: Sequence, layer: int | list[int] = -1, pooling: str = "mean") -> torch.Tensor:
-        "1-D arrays at `sample_rate` -> float32 CPU tensor (n, hidden), or (n, layers, hidden) for a list of layers."
+    def embed(
+        self, waveforms: Sequence, layer: int | list[int] | str = -1, pooling: str | list[str] = "mean"
+    ) -> torch.Tensor:
+        "1-D arrays at `sample_rate` -> float32 CPU tensor (n, hidden), or (n, layers, poolings, hidden); see `embed_recordings`."
         return embed_recordings(self, waveforms, layer, pooling)
 
     @torch.no_grad()
@@ -167,6 +174,6 @@ class Encoder(Backbone):
         return embed_frames(self, waveform, layer)
 
     def __repr__(self) -> str:
-        family = self.model.config.model_type
+        family = self.config["model_type"]
         size = f"{self.n_layers} layers, hidden size {self.hidden_size}, {self.sample_rate} Hz"
         return f"Encoder({family}, {size}, {self.precision} on {self.device})"

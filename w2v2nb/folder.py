@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'FREE', 'PACKAGES', 'read_record', 'RunFolder', 'run_name', 'check_place', 'claim', 'delete', 'remove',
            'remove_leftovers', 'fingerprint_files', 'fingerprint_weights', 'check_inputs', 'now', 'describe_run',
-           'locked', 'recording', 'write_table']
+           'locked', 'is_locked', 'recording', 'write_table']
 
 # %% ../nbs/13b_folder.ipynb #04433594
 import hashlib
@@ -19,13 +19,16 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from filelock import FileLock, Timeout
-from torch import nn
 
 from . import storage
 from .config import Config, ConfigError, checking
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
 
 # %% ../nbs/13b_folder.ipynb #51f30c9b
 OUTPUTS = ("embeddings.parquet", "model", "history.csv", "predictions.csv", "metrics.csv", "failures.csv", "split", "work")
@@ -154,7 +157,7 @@ def fingerprint_files(
 
 
 def fingerprint_weights(
-    module: nn.Module,  # an encoder
+    module: "nn.Module",  # an encoder
 ) -> str:
     "SHA-256 over the names and values of all weights."
     found = hashlib.sha256()
@@ -205,7 +208,7 @@ def locked(
     folder: RunFolder,  # its path is there
 ) -> Iterator[None]:
     "Context manager: no other process works in the folder. Raises `ConfigError` when one does."
-    lock = FileLock(folder.path / ".lock", timeout=0)
+    lock = FileLock(folder.path / ".lock", timeout=1)
     try:
         lock.acquire()
     except Timeout:
@@ -215,6 +218,27 @@ def locked(
     finally:
         (folder.path / ".lock").unlink(missing_ok=True)
         lock.release()
+
+# %% ../nbs/13b_folder.ipynb #b4fe367d
+def is_locked(
+    path: Path,  # a run's folder
+) -> bool:
+    "Whether a process is at work in a folder."
+    try:
+        import fcntl
+
+        handle = os.open(path / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except ImportError:
+        return (path / ".lock").exists()
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)  # which gives the lock back
+    return False
 
 # %% ../nbs/13b_folder.ipynb #fe1f6fca
 @contextmanager
@@ -255,9 +279,11 @@ def recording(
 # %% ../nbs/13b_folder.ipynb #26eb1bc3
 def write_table(
     path: str | Path,  # CSV file
-    table: pd.DataFrame | list[dict],  # a table, or its rows
+    table: "pd.DataFrame | list[dict]",  # a table, or its rows
     columns: list[str] | None = None,  # for rows, of which there may be none
 ) -> None:
     "Write a table as CSV, atomically."
+    import pandas as pd
+
     with storage.writing(path) as temporary:
         pd.DataFrame(table, columns=columns).to_csv(temporary, index=False)

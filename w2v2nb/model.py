@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import storage
-from .backbone import check_precision, pick_device
+from .backbone import choose_precision, pick_device
 from .checkpoint import read_json, read_preprocessor
 from .encoder import Encoder, evaluating, pool
 
@@ -245,11 +245,13 @@ def load_model(
     model_class: type,  # `Classifier`
     folder: str | os.PathLike,  # what `save_model` wrote
     device: str | torch.device | None = None,  # None: CUDA, MPS or CPU, whichever is there first
-    precision: str = "fp32",  # fp32, bf16, or fp16 on CUDA
+    precision: str = "fp32",  # fp32, bf16, fp16 (CUDA) or auto
 ) -> Classifier:
     "A saved model in evaluation mode; needs neither the hub nor the checkpoint it began with."
     device = pick_device(device)
-    check_precision(precision, device)
+    precision, sentence = choose_precision(precision, device)
+    if sentence:
+        print(sentence)
     folder = storage.stage(folder)
     config = read_settings(folder)
     with torch.device("meta"):

@@ -67,8 +67,12 @@ def progress(
     n_recordings: int,  # all there are to do
     description: str,  # what is being done, in a word or two
 ) -> Iterator[Progress]:
-    "Context manager: a progress bar on the error stream; where nobody watches, a line every ten seconds."
+    "Context manager: a progress bar on the error stream; where nobody watches, a line every ten seconds and one at the end."
     bar = dict(total=n_recordings, desc=description, unit="rec", ascii=True)
     place = dict(mininterval=0.5) if is_watched() else dict(file=Lines(sys.stderr), mininterval=10.0, delay=10.0)
     with tqdm(**bar, **place) as shown:
-        yield Progress(shown)
+        try:
+            yield Progress(shown)
+        finally:
+            if shown.format_dict["elapsed"] >= 1.0:
+                shown.delay = 0.0  # tqdm then ends with a line of totals, even if it had not shown any
