@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from w2v2nb.batch import Batches, Failure, Reader, collate, halve, padded_seconds, with_backoff
+from w2v2nb.batch import Batches, Failure, Reader, collate, padded_seconds, take, with_backoff
 from w2v2nb.transforms import RecordingError
 from w2v2nb.windows import Item, cut, cut_stream
 from w2v2nb.workers import WorkerError
@@ -528,16 +528,29 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         with_backoff(step, make_batch(1, 2))
 
 
-def test_halves_are_whole_batches():
+def test_a_part_of_a_batch_is_a_whole_batch():
     batch = make_batch(5, 3, 4)
-    first, second = halve(batch)
+    first, second = take(batch, [0]), take(batch, [1, 2])
     assert (first.index, second.index, first.is_shortened, second.is_shortened) == ([0], [1, 2], [False], [True, False])
     assert (first.waveform.shape, second.waveform.shape, second.targets.tolist()) == ((1, 5), (2, 4), [[1.0], [2.0]])
     assert second.mask.sum(1).tolist() == [3, 4] and second.sample_rate == 16000
 
 
-def test_padded_seconds_without_a_gpu_are_fixed():
-    assert padded_seconds("cpu", 768, 12) == 60 and padded_seconds("cpu", 1024, 24, on_cpu_s=20) == 20
+def test_padded_seconds_on_a_cpu_follow_the_size_of_the_model():
+    assert padded_seconds("cpu", 768, 12) == 20 and 5 <= padded_seconds("cpu", 1024, 24) < 7
+    assert padded_seconds("cpu", 16, 3) == 60 and padded_seconds("cpu", 4096, 48) == 5
+
+
+def test_a_pass_can_begin_before_it_is_asked_for():
+    dataset = Fake([300] * 40)
+    batches, end = Batches(dataset, max_items=8), time.monotonic() + 20
+    batches.begin()
+    while dataset.n_read < 8 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert dataset.n_read >= 8
+    assert sorted(sum(orders(batches), [])) == list(range(40)) and dataset.n_read == 40
+    assert len(orders(batches)) == 5 and dataset.n_read == 80
+    batches.close()
 
 
 def test_padded_seconds_follow_the_free_memory(monkeypatch):

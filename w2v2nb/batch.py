@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['TOO_LONG', 'Result', 'Failure', 'Batch', 'collate', 'Reader', 'check_sample', 'set_aside', 'check_limits', 'Notes',
-           'collate_noted', 'Batches', 'padded_seconds', 'halve', 'with_backoff']
+           'collate_noted', 'Batches', 'make_batches', 'padded_seconds', 'take', 'with_backoff']
 
 # %% ../nbs/05_batch.ipynb #1a373180
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import takewhile
+from threading import Event
 from typing import TypeVar
 
 import numpy as np
@@ -203,41 +205,54 @@ class Batches:
         self.source = Source(Reader(dataset, sample_rate), num_workers)
         self.limits = dict(max_items=max_items, max_padded=max_padded_s and max_padded_s * sample_rate)
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
-        self.notes, self.background = Notes(), Background()
+        self.notes, self.background, self.begun = Notes(), Background(), None
 
     def set_epoch(self, epoch: int) -> None:
         "Have the next pass shuffled for `epoch`; the same seed and epoch give the same order."
         self.epoch = epoch
 
+    def begin(self) -> None:
+        "Begin reading what the next pass will hand out; a caller can load a model meanwhile."
+        self.begun = self.start()
+
     def __iter__(self) -> Iterator[Batch]:
-        notes = self.notes = Notes()
-        rng = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
-        order = rng.permutation(self.n_recordings).tolist() if rng else range(self.n_recordings)
-        window = window_limits(self.n_recordings, self.limits["max_padded"], self.shuffle, self.window)
-        limits = dict(self.limits, rng=rng, n_samples=self.window_s * self.sample_rate, **window)
+        begun, self.begun = self.begun or self.start(), None
+        return begun
 
-        def make(stop):
-            items = set_aside(takewhile(lambda _: not stop.is_set(), self.source.read(order)), notes.failures)
-            return collate_noted(cut_stream(items, **limits), notes, self.sample_rate, self.pin_memory)
-
-        return self.background.run(make, is_alone=self.source.num_workers > 0)
+    def start(self) -> Iterator[Batch]:
+        "A new pass, of which batches are being made from now on."
+        self.notes = Notes()
+        return self.background.run(partial(make_batches, self, self.epoch), is_alone=self.source.num_workers > 0)
 
     def close(self) -> None:
         "End passes and worker processes; the next pass starts new ones."
         self.background.close(self.source.close)
 
+
+def make_batches(
+    batches: Batches,  # whose pass it is
+    epoch: int,  # decides on the order of a shuffled pass
+    stop: Event,  # set when nobody wants the rest
+) -> Iterator[Batch]:
+    "The batches of one pass."
+    n, source, notes = batches.n_recordings, batches.source, batches.notes
+    rng = np.random.default_rng([batches.seed, epoch]) if batches.shuffle else None
+    window = window_limits(n, batches.limits["max_padded"], batches.shuffle, batches.window)
+    limits = dict(batches.limits, rng=rng, n_samples=batches.window_s * batches.sample_rate, **window)
+    items = takewhile(lambda _: not stop.is_set(), source.read(rng.permutation(n).tolist() if rng else range(n)))
+    return collate_noted(cut_stream(set_aside(items, notes.failures), **limits), notes, batches.sample_rate, batches.pin_memory)
+
 # %% ../nbs/05_batch.ipynb #4c222f4a
 def padded_seconds(
     device: torch.device | str,  # where the encoder is
     hidden_size: int,  # numbers per frame
-    n_layers: int,  # layers whose frames are kept
+    n_layers: int,  # transformer blocks, each of whose frames may be kept
     conv_channels: int = 512,  # of the first convolution
-    on_cpu_s: float = 60.0,  # what it is anywhere but on a CUDA device, in seconds
     most_s: float = 320.0,  # beyond which larger batches do not pay, in seconds
 ) -> float:
     "Seconds of audio, padding included, for a batch that fits into memory: a value for `max_padded_s`."
     if torch.device(device).type != "cuda":
-        return on_cpu_s
+        return min(60.0, max(5.0, 20.0 * (768**2 * 12) / (hidden_size**2 * n_layers)))
     bytes_per_s = 4 * (4 * 3200 * conv_channels + 50 * hidden_size * (n_layers + 16))
     return min(0.5 * torch.cuda.mem_get_info(device)[0] / bytes_per_s, most_s)
 
@@ -246,16 +261,15 @@ TOO_LONG = "this recording alone needs more memory than the device has; it shoul
 Result = TypeVar("Result")
 
 
-def halve(
-    batch: Batch,  # of at least two recordings
-) -> list[Batch]:
-    "Its two halves, each padded to the longest recording in it."
-    halves, middle = [], len(batch) // 2
-    for rows in (slice(middle), slice(middle, None)):
-        lists = {name: getattr(batch, name)[rows] for name in ("index", "uids", "is_shortened", "targets", "lengths")}
-        n = int(lists["lengths"].max())
-        halves.append(replace(batch, **lists, waveform=batch.waveform[rows, :n]))
-    return halves
+def take(
+    batch: Batch,  # several recordings
+    items: list[int],  # which to keep, at least one
+) -> Batch:
+    "Some recordings of a batch, padded to the longest of them."
+    lengths = batch.lengths[items]
+    index, uids, is_shortened = ([values[i] for i in items] for values in (batch.index, batch.uids, batch.is_shortened))
+    waveform = batch.waveform[items, : int(lengths.max())]
+    return Batch(index, uids, waveform, lengths, batch.targets[items], batch.sample_rate, is_shortened)
 
 
 def with_backoff(
@@ -270,4 +284,6 @@ def with_backoff(
     torch.cuda.empty_cache()
     if len(batch) == 1:
         return [(batch, Failure(batch.index[0], batch.uids[0], None, "encode", TOO_LONG))]
-    return [pair for half in halve(batch) for pair in with_backoff(step, half)]
+    items, middle = list(range(len(batch))), len(batch) // 2
+    halves = take(batch, items[:middle]), take(batch, items[middle:])
+    return [pair for half in halves for pair in with_backoff(step, half)]

@@ -93,7 +93,7 @@ def read_preprocessor(
 def read_config(
     folder: Path,  # a checkpoint
 ) -> dict:
-    "`config.json` of a checkpoint, with defaults. Raises `FileNotFoundError` without one, `ValueError` for another kind of model."
+    "`config.json` of a checkpoint, completed. Raises `FileNotFoundError` for none, `ValueError` for another kind of model."
     config = read_json(folder / "config.json")
     if not config:
         held = ", ".join(storage.names(folder)[:5]) or "nothing"

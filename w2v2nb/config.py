@@ -145,7 +145,7 @@ class Config(Inputs):
     loss: Literal["MSE", "BCE"] = flag("MSE", "MSE on the outputs as they are, BCE on logits", modes=TRAIN)
     batch_size: int = flag(8, "recordings per step; outside finetune a limit, when given", "-bs", gt=0)
     num_workers: int = flag(0, "processes that read and decode", "-nw", ge=0)
-    precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "of the encoder; fp16 on a GPU only")
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = flag("fp32", "of the encoder; fp16 on a GPU only; auto: the fastest")
     device: Text = flag(None, "cuda, mps or cpu; none: the best there is")
     seed: int = flag(0, "of all chance: head, order, dropout, split", ge=0)
     resume: bool = flag(False, "go on with the run in exp_dir")

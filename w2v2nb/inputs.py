@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOUND', 'read_classifiers', 'merge_rows', 'read_table', 'read_parts', 'load_model', 'load_encoder', 'read_layers',
-           'read_recipe', 'read_transform', 'first_sample', 'read_batches', 'compare_sound', 'find_unused',
-           'find_unknown_people']
+           'read_recipe', 'read_transform', 'first_sample', 'read_architecture', 'read_batches', 'compare_sound',
+           'find_unused', 'find_unknown_people']
 
 # %% ../nbs/13c_inputs.ipynb #c426b2df
 from itertools import combinations
@@ -13,13 +13,16 @@ from itertools import combinations
 import pandas as pd
 
 from . import data, storage
-from .batch import Batches
-from .checkpoint import read_json
+from .architecture import complete
+from .backbone import pick_device
+from .batch import Batches, padded_seconds
+from .checkpoint import locate, read_config, read_json
 from .config import Config, checking
 from .data import WaveformDataset
 from .encoder import Encoder
 from .extract import Recipe
-from .model import Classifier, check_labels
+from .frontend import frame_geometry
+from .model import Classifier, check_labels, read_settings
 from .transforms import Compose, RecordingError, in_bucket, pipeline
 
 # %% ../nbs/13c_inputs.ipynb #e5ca976c
@@ -167,19 +170,32 @@ def first_sample(
     raise ValueError(f"none of the {len(table)} recordings could be read; the last one: {reason}")
 
 # %% ../nbs/13c_inputs.ipynb #16e9b417
+@checking()
+def read_architecture(
+    config: Config,  # mdl_path or checkpoint
+) -> dict:
+    "The encoder's architecture, without its weights. Raises `ValueError` for one that cannot be used."
+    if config.mdl_path:
+        return complete(read_settings(storage.stage(config.mdl_path))["backbone"])
+    return read_config(locate(config.checkpoint))
+
+
 def read_batches(
     config: Config,  # where the recordings are, how to treat their sound, how many at once
     table: pd.DataFrame,  # annotations
     labels: list[str],  # targets to read; none for extraction
-    encoder: Encoder,  # says how short a recording may be
+    architecture: dict,  # of the encoder: says how short a recording may be, and how many fit into a batch
     is_training: bool = False,  # shuffled, batch_size recordings a step
 ) -> Batches:
     "Batches over the rows of a table."
-    is_limited = is_training or "batch_size" in config.model_fields_set
+    is_limited, device = is_training or "batch_size" in config.model_fields_set, pick_device(config.device)
+    min_frames, _ = frame_geometry(architecture)
+    size = padded_seconds(device, architecture["hidden_size"], architecture["num_hidden_layers"])
     return Batches(
-        WaveformDataset(table, labels, read_transform(config, encoder.min_frames), config.scale),
+        WaveformDataset(table, labels, read_transform(config, min_frames), config.scale),
         max_items=config.batch_size if is_limited else None,
-        max_padded_s=None if is_training else 60.0,
+        max_padded_s=None if is_training else size,
+        pin_memory=device.type == "cuda",
         sample_rate=config.resample_rate,
         num_workers=config.num_workers,
         shuffle=is_training,

@@ -30,12 +30,12 @@ from w2v2nb.inputs import (
     find_unused,
     load_encoder,
     load_model,
+    read_architecture,
     read_batches,
     read_classifiers,
     read_parts,
     read_recipe,
     read_table,
-    read_transform,
 )
 from .model import Classifier
 from .parts import merge_parts, rows_done
@@ -73,11 +73,12 @@ def fingerprint_inputs(
     config: Config,  # data_split_root and label_txt
     model: torch.nn.Module,  # an encoder or a classifier
 ) -> dict[str, str]:
-    "SHA-256 of every table, of the labels file, and of the model's weights."
+    "SHA-256 of every table, of the labels file, and of the model's weights; and the precision that is really used."
     root, there = config.data_split_root, storage.names(config.data_split_root)
     tables = [storage.join(root, name) for names in PARTS.values() for name in names if name in there] or [root]
     labels = [config.label_txt] if config.label_txt else []
-    return fingerprint_files(tables + labels) | {"weights": fingerprint_weights(model)}
+    precision = getattr(model, "encoder", model).precision
+    return fingerprint_files(tables + labels) | {"weights": fingerprint_weights(model), "precision": precision}
 
 # %% ../nbs/14_run.ipynb #2981e71b
 def describe_table(
@@ -96,7 +97,7 @@ def describe_table(
     versions = {name: about["versions"][name] for name in ("w2v2nb", "torch", "transformers")}
     return {name: str(value) for name, value in (made_by | about["fingerprints"] | versions).items()}
 
-
+# %% ../nbs/14_run.ipynb #b1e43b33
 def extract_embeddings(
     config: Config,  # mode extraction
     folder: RunFolder,  # from `claim`
@@ -104,22 +105,26 @@ def extract_embeddings(
     "Write the embeddings of a table's recordings. Raises `ConfigError` before any work."
     with checking():
         table = read_table(config, [])
-        model = load_model(config) if config.mdl_path else None
-        encoder = model.encoder if model else load_encoder(config)
-        recipe = read_recipe(config, encoder, model)
-        read_transform(config)  # the folder of the recordings has to be there
-        fingerprints = fingerprint_inputs(config, model or encoder)
-        check_inputs(folder, config, fingerprints)
-        warnings = compare_sound(config, encoder) + find_unused(config)
-    output = "frames" if config.frames else "embeddings.parquet"
-    with recording(folder, config, fingerprints, warnings) as work:
-        rows = np.setdiff1d(np.arange(len(table)), rows_done(work)[0])
-        batches = read_batches(config, table.iloc[rows], [], encoder)
-        with closing(batches):
+        done = rows_done(folder / "work")[0] if config.resume and folder.about else []
+        rows = np.setdiff1d(np.arange(len(table)), done)
+        batches = read_batches(config, table.iloc[rows], [], read_architecture(config))
+    with closing(batches):
+        batches.begin()  # recordings are read while the weights are
+        with checking():
+            model = load_model(config) if config.mdl_path else None
+            encoder = model.encoder if model else load_encoder(config)
+            recipe = read_recipe(config, encoder, model)
+            fingerprints = fingerprint_inputs(config, model or encoder)
+            check_inputs(folder, config, fingerprints)
+            warnings = compare_sound(config, encoder) + find_unused(config)
+        output = "frames" if config.frames else "embeddings.parquet"
+        with recording(folder, config, fingerprints, warnings) as work:
             extract(encoder, batches, work, recipe, rows, len(table))
-        n_rows = merge_parts(work, folder / output, describe_table(folder, recipe, model), is_folder=config.frames)
-        _, is_shortened = rows_done(work)
-        return finish(folder, n_rows, [take_notes(batches) | {"n_shortened": int(is_shortened.sum())}], len(is_shortened))
+            about = describe_table(folder, recipe, model)
+            n_rows = merge_parts(work, folder / output, about, is_folder=config.frames)
+            _, is_shortened = rows_done(work)
+            notes = take_notes(batches) | {"n_shortened": int(is_shortened.sum())}
+            return finish(folder, n_rows, [notes], len(is_shortened))
 
 # %% ../nbs/14_run.ipynb #a138b078
 def write_evaluation(
@@ -145,7 +150,7 @@ def evaluate_model(
     with checking():
         model = load_model(config)
         table = read_table(config, model.labels)
-        batches = read_batches(config, table, model.labels, model.encoder)
+        batches = read_batches(config, table, model.labels, model.encoder.config)
         fingerprints = fingerprint_inputs(config, model)
         check_inputs(folder, config, fingerprints)
         warnings = compare_sound(config, model.encoder) + find_unused(config)
@@ -220,7 +225,7 @@ def finetune(
         classifiers = read_classifiers(config)
         parts = read_parts(config, sum(classifiers, []))
         model = make_model(config, classifiers)
-        batches = {k: read_batches(config, t, model.labels, model.encoder, k == "train") for k, t in parts.items()}
+        batches = {k: read_batches(config, t, model.labels, model.encoder.config, k == "train") for k, t in parts.items()}
         fingerprints = fingerprint_inputs(config, model.encoder)
         check_inputs(folder, config, fingerprints)
         warnings = compare_sound(config, model.encoder) + find_unused(config) + find_unknown_people(parts)

@@ -42,7 +42,8 @@ def measure_extraction(
     "Recordings done, failed and remaining, rate, and time left."
     path, about = folder / "work" / "progress.json", folder.about
     if about["state"] == "finished":
-        rows, failures = about["counts"]["rows"], about["counts"]["failures"]
+        counts = about["counts"]  # with windows and frames a recording has several rows
+        rows, failures = counts.get("recordings", counts["rows"]), counts["failures"]
         told = {"done": f"{rows} of {rows + failures} recordings", "failed": f"{failures}", "remaining": "0"}
         return told | ({"rate": f"{rows / about['seconds']:.1f} recordings/s"} if about["seconds"] else {})
     if not path.exists():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .batch import Batches, Failure
+from .batch import Batch, Batches, Failure, with_backoff
 from .extract import NOT_FINITE
 from .metrics import auc_table, macro_auc
 from .model import Classifier
@@ -48,15 +48,22 @@ def predict(
     device = next(model.parameters()).device
     outputs = np.full((batches.n_recordings, len(model.labels)), np.nan, dtype=np.float32)
     targets = outputs.copy()
+
+    def run(some: Batch) -> torch.Tensor:
+        on_device = some.to(device)
+        return model(on_device.waveform, on_device.lengths).float().cpu()
+
     with progress(batches.n_recordings, description) as bar:
         for batch in batches:
-            on_device = batch.to(device)
-            found = model(on_device.waveform, on_device.lengths).float().cpu()
-            for i, uid, row in zip(batch.index, batch.uids, found, strict=True):
-                if row.isfinite().all():
-                    outputs[i] = row.numpy()
-                else:
-                    batches.failures.append(Failure(i, uid, None, "encode", NOT_FINITE))
+            for piece, found in with_backoff(run, batch):
+                if isinstance(found, Failure):
+                    batches.failures.append(found)
+                    continue
+                for i, uid, row in zip(piece.index, piece.uids, found, strict=True):
+                    if row.isfinite().all():
+                        outputs[i] = row.numpy()
+                    else:
+                        batches.failures.append(Failure(i, uid, None, "encode", NOT_FINITE))
             targets[batch.index] = batch.targets.numpy()
             bar.advance(len(batch.uids), batch.audio_s)
     return outputs, targets
