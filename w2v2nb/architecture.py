@@ -96,7 +96,7 @@ class NormedConvolution(nn.Module):
         super().__init__()
         plain = nn.Conv1d(size, size, kernel, groups=groups)
         self.bias = plain.bias
-        lengths = nn.Parameter(plain.weight.detach().square().sum((0, 1), keepdim=True).sqrt())
+        lengths = nn.Parameter(torch.ones(1, 1, kernel))
         halves = nn.ParameterDict({"original0": lengths, "original1": plain.weight})
         self.parametrizations = nn.ModuleDict({"weight": halves})
 
@@ -134,7 +134,9 @@ def make_attention(
         attention["gru_rel_pos_linear"] = nn.Linear(size // n_heads, 8)
         attention.register_parameter("gru_rel_pos_const", nn.Parameter(torch.ones(1, n_heads, 1, 1)))
         if is_first:
-            attention["rel_attn_embed"] = nn.Embedding(config["num_buckets"], n_heads)
+            # not an Embedding, whose first values would take a second to import what they need
+            table = nn.Parameter(torch.zeros(config["num_buckets"], n_heads))
+            attention["rel_attn_embed"] = nn.ParameterDict({"weight": table})
     return attention
 
 # %% ../nbs/05b_architecture.ipynb #f0e2c7be
