@@ -21,6 +21,10 @@ SMALL = {
 VARIANTS = {
     "wav2vec2": ("wav2vec2", {}),
     "wav2vec2-stable": ("wav2vec2", {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}),
+    "wav2vec2-adapter": (
+        "wav2vec2",
+        {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "adapter_attn_dim": 4},
+    ),
     "hubert": ("hubert", {}),
     "hubert-batch-norm": ("hubert", {"conv_pos_batch_norm": True, "feat_proj_layer_norm": False}),
     "hubert-stable": ("hubert", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),

@@ -555,11 +555,13 @@ def test_a_pass_can_begin_before_it_is_asked_for():
 
 def test_padded_seconds_follow_the_free_memory(monkeypatch):
     def seconds(free_gb, *model):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((free_gb - 1) * 10**9, 80 * 10**9))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**9)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 10**9)  # 1 GB that torch keeps for later
         return padded_seconds("cuda", *model)
 
     assert seconds(80, 768, 12) == 320 and 40 < seconds(4, 768, 12) < 100
-    assert seconds(2, 1024, 24) < seconds(2, 768, 12) < seconds(4, 768, 12)
+    assert seconds(2, 1024, 24) < seconds(2, 768, 12) < seconds(4, 768, 12) and seconds(0, 768, 12) == 5
 
 
 def test_pinning_without_a_gpu_changes_nothing():

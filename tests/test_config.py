@@ -35,7 +35,7 @@ def test_names_short_flags_and_defaults_are_the_contract_s(line):
     + [("lib", "None", None), ("lib", "", None), ("study", "None", None), ("study", " ", None), ("study", 7, "7")]
     + [("learning_rate", "1e-5", 1e-5), ("learning_rate", 1, 1.0), ("epochs", "3", 3), ("epochs", 3.0, 3)]
     + [("layer", "-1", -1), ("layer", 6, 6), ("layer", "0, 6,12", "0,6,12"), ("layer", " all", "all")]
-    + [("pooling_mode", "mean, max", "mean,max"), ("window", "2", 2.0), ("window", "0", 0.0), ("chunk_s", 30, 30.0)],
+    + [("pooling_mode", "mean, max", "mean,max"), ("window", "2", 2.0), ("window", "0", 0.0), ("chunk_s", 5, 5.0)],
 )
 def test_text_is_read_as_the_command_line_reads_it(name, text, value):
     assert getattr(configure("extraction", **GIVEN, **{name: text}), name) == value
@@ -72,6 +72,7 @@ def test_text_is_read_as_the_command_line_reads_it(name, text, value):
         (dict(embedding="dense", mdl_path="m", layer=3), "has the model's own layer and pooling: leave out layer"),
         (dict(embedding="pooled", mdl_path="m", layer=3, pooling_mode="max"), "leave out layer and pooling_mode"),
         (dict(chunk_s=0.5), "chunk_s is 0.5 but should be 0, or at least 1 second"),
+        (dict(chunk_s=30), "chunk_s is 30.0 but clip_length cuts every recording at 10 s: give clip_length 0"),
         (dict(context_s=-1), "context_s is -1 but should be"),
         (dict(test_share=1), "test_share is 1 but should be less than 1"),
         (dict(clip_length=0, padding="clip"), "clip_length is 0 but padding clip pads to it"),

@@ -13,7 +13,7 @@ from w2v2nb.data import WaveformDataset, read_annotations
 from w2v2nb.encoder import Encoder, pool
 from w2v2nb.extract import EXACT_S, Parts, Recipe, extract
 from w2v2nb.model import Classifier
-from w2v2nb.parts import merge_parts, part_paths, rows_done, rows_table
+from w2v2nb.parts import merge_parts, part_paths, read_progress, rows_done, rows_table, write_progress
 from w2v2nb.transforms import pipeline
 
 TABLE = read_annotations(f"{samples.split_root()}/test.csv").head(10)
@@ -272,7 +272,7 @@ def test_a_part_that_cannot_be_written_is_not_tried_again(encoder, tmp_path, mon
 def test_progress_tells_how_far_it_is(encoder, tmp_path):
     extract(encoder, batches(max_items=2), tmp_path, Recipe([3]), rows=range(5, 15), n_total=20, part_s=0.0)
     about = json.loads((tmp_path / "progress.json").read_text())
-    assert set(about) == {"total", "done", "n_new", "failed", "audio_s", "seconds", "updated"}
+    assert set(about) == {"total", "done", "n_new", "failed", "audio_s", "seconds", "updated", "metadata_problems"}
     seconds = sum(len(TRANSFORM({"uid": uid})["waveform"][0]) for uid in TABLE.uid) / 16000
     assert (about["total"], about["done"], about["n_new"], about["failed"]) == (20, 20, 10, 0)
     assert about["audio_s"] == pytest.approx(seconds, abs=0.01) and about["seconds"] > 0
@@ -301,3 +301,41 @@ def test_only_the_bad_recording_of_a_batch_is_set_aside(encoder, tmp_path, monke
     assert [failure.uid for failure in data.failures] == ["001"]
     rows, is_shortened = rows_done(tmp_path)
     assert rows.tolist() == [0, 2] and is_shortened.tolist() == [False, True]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_a_recording_that_does_not_fit_is_set_aside(encoder, tmp_path, monkeypatch):
+    "An encoder that has room for six seconds, padding included."
+    expected = embed(encoder, tmp_path / "expected", Recipe([3]), Tones(2, 3, 1, 2.5))
+    forward, sizes = Encoder.forward, []
+
+    def forward_if_it_fits(self, waveform, lengths, layers):
+        sizes.append(waveform.numel() / 16000)
+        if sizes[-1] > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, waveform, lengths, layers)
+
+    monkeypatch.setattr(Encoder, "forward", forward_if_it_fits)
+    found = embed(encoder, tmp_path / "found", Recipe([3]), Tones(2, 3, 1, 2.5), max_padded_s=60)
+    assert sizes[0] > 6 and found["uid"] == expected["uid"]
+    np.testing.assert_allclose(*(np.stack(t["embedding"].to_numpy()) for t in (found, expected)), rtol=1e-5, atol=1e-5)
+    data = batches(Tones(1, 8), max_padded_s=60)
+    extract(encoder, data, tmp_path / "long", Recipe([3]))
+    assert [(failure.uid, failure.stage) for failure in data.failures] == [("001", "encode")]
+    assert rows_done(tmp_path / "long")[0].tolist() == [0]
+
+
+def test_a_piece_that_does_not_fit_sets_its_recording_aside(encoder, tmp_path, monkeypatch):
+    def stream(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Encoder, "stream", stream)
+    data = batches(Tones(1, 8), max_padded_s=60)
+    extract(encoder, data, tmp_path, Recipe([3], chunk_s=4.0))
+    assert [(failure.uid, failure.stage) for failure in data.failures] == [("001", "encode")]
+    assert "give a smaller --chunk_s" in data.failures[0].error and rows_done(tmp_path)[0].tolist() == [0]
+
+
+def test_what_an_earlier_process_found_in_metadata_is_kept(encoder, tmp_path):
+    write_progress(tmp_path, 20, 10, 10, 0, 5.0, 1.0, ["000007: metadata.json says 8000 Hz"])
+    extract(encoder, batches(), tmp_path, Recipe([3]), rows=range(10, 20), n_total=20)
+    assert "000007: metadata.json says 8000 Hz" in read_progress(tmp_path)["metadata_problems"]

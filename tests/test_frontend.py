@@ -46,12 +46,13 @@ def error(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+@pytest.mark.parametrize("is_even", [False, True])
 @pytest.mark.parametrize("max_slots", [2, 3, 17, 10_000])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_features_equal_the_slow_path_wherever_recordings_are_cut(variant, max_slots, recordings):
+def test_features_equal_the_slow_path_wherever_recordings_are_cut(variant, max_slots, is_even, recordings):
     weights, config, library = front_end(variant)
     waveforms = [normalize(x) for x in recordings if max_slots > 3 or len(x) < 20_000]
-    packed = run(weights, config, waveforms, max_slots=max_slots)
+    packed = run(weights, config, waveforms, max_slots=max_slots, is_even=is_even)
     assert error(packed, torch.cat([library_features(library, x) for x in waveforms])) < 1e-5
 
 
@@ -78,16 +79,17 @@ def test_an_offset_costs_no_more_than_in_the_slow_path(variant, offset):
 
 def test_moments_in_blocks_are_those_of_all_windows():
     torch.manual_seed(0)
-    x = torch.randn(5003)
-    windows = x.double().unfold(0, 10, 5)
+    x = torch.randn(2, 5003)  # what follows the second recording's end is not zero
     for block in (1, 7, 1000, 10_000):
-        mean, covariance = window_moments(x, 10, 5, block)
-        assert torch.allclose(mean, windows.mean(0)) and torch.allclose(covariance, windows.T.cov(correction=0))
+        mean, covariance = window_moments(x, [5003, 777], 10, 5, block)
+        for i, n in enumerate([5003, 777]):
+            windows = x[i, :n].double().unfold(0, 10, 5)
+            assert torch.allclose(mean[i], windows.mean(0)) and torch.allclose(covariance[i], windows.T.cov(correction=0))
 
 
 def test_group_norm_of_a_silent_recording_is_finite():
     weight, norm = torch.randn(8, 1, 10), torch.nn.GroupNorm(8, 8)
-    folded, bias = fold_group_norm(torch.zeros(16000), weight, norm, 5)
+    folded, bias = fold_group_norm(*window_moments(torch.zeros(1, 16000), [16000], 10, 5), weight, norm)
     assert folded.isfinite().all() and bias.isfinite().all()
 
 
@@ -107,15 +109,16 @@ def test_convolve(kernel, stride, is_training):
 
 @pytest.mark.parametrize("n_frames", [[1], [3, 2, 12], [500], [1] * 50, [7, 300, 1, 1, 299]])
 @pytest.mark.parametrize("max_slots, n_extra", [(2, 1), (8, 1), (9, 3), (200, 1)])
-def test_strips_hold_every_frame_once_and_in_order(n_frames, max_slots, n_extra):
+@pytest.mark.parametrize("is_even", [False, True])
+def test_strips_hold_every_frame_once_and_in_order(n_frames, max_slots, n_extra, is_even):
     if max_slots <= n_extra:
         return
     found = []
-    for strip in plan_strips(n_frames, max_slots, n_extra):
+    for strip in plan_strips(n_frames, max_slots, n_extra, is_even):
         end = 0
         for piece in strip:
-            assert piece.slot == end and piece.n_frames > 0
-            end = piece.slot + piece.n_frames + n_extra
+            assert piece.slot == end and piece.n_frames > 0 and piece.n_slots >= piece.n_frames + n_extra
+            end = piece.slot + piece.n_slots
             found += [(piece.recording, piece.first + i) for i in range(piece.n_frames)]
         assert end <= max_slots
     assert found == [(i, k) for i, n in enumerate(n_frames) for k in range(n)]

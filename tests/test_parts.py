@@ -14,6 +14,7 @@ from w2v2nb.parts import (
     find_runs,
     merge_parts,
     part_paths,
+    read_progress,
     remove_unfinished,
     rows_done,
     rows_table,
@@ -48,15 +49,17 @@ def test_an_unfinished_part_is_not_a_part(tmp_path):
     write_part(tmp_path, [table_of([0])])
     (tmp_path / ".part-000001.parquet.abc").mkdir()
     (tmp_path / ".part-000001.parquet.abc" / "part-000001.parquet").write_bytes(b"PAR1 half")
-    write_progress(tmp_path, 2, 1, 1, 0, 1.0, 1.0)
+    write_progress(tmp_path, 2, 1, 1, 0, 1.0, 1.0, [])
+    (tmp_path / ".DS_Store").write_bytes(b"")
     assert rows_done(tmp_path)[0].tolist() == [0]
     assert write_part(tmp_path, [table_of([1])]).name == "part-000001.parquet"
     remove_unfinished(tmp_path)
+    (tmp_path / ".DS_Store").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["part-000000.parquet", "part-000001.parquet", "progress.json"]
 
 
 def test_no_parts_no_table(tmp_path):
-    write_progress(tmp_path, 2, 0, 0, 2, 0.0, 1.0)
+    write_progress(tmp_path, 2, 0, 0, 2, 0.0, 1.0, [])
     for name, is_folder in (("t.parquet", False), ("frames", True)):
         assert merge_parts(tmp_path, tmp_path / name, {}, is_folder) == 0 and not (tmp_path / name).exists()
 
@@ -117,8 +120,9 @@ def test_a_large_table_is_merged_in_bounded_memory(tmp_path):
 
 
 def test_progress_is_one_json_object(tmp_path):
-    write_progress(tmp_path / "work", total=9, done=4, n_new=3, failed=1, audio_s=12.34567, seconds=2.0)
+    write_progress(tmp_path / "work", 9, 4, n_new=3, failed=1, audio_s=12.34567, seconds=2.0, metadata_problems=["x"])
     about = json.loads((tmp_path / "work" / "progress.json").read_text())
-    assert about.pop("updated").endswith("+00:00")
+    assert about == read_progress(tmp_path / "work") and read_progress(tmp_path / "none") == {}
+    assert about.pop("updated").endswith("+00:00") and about.pop("metadata_problems") == ["x"]
     assert about == {"total": 9, "done": 4, "n_new": 3, "failed": 1, "audio_s": 12.346, "seconds": 2.0}
     assert part_paths(tmp_path / "work") == []

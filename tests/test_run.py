@@ -16,9 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import w2v2nb.run
 from w2v2nb import samples, storage
 from w2v2nb.__main__ import main
+from w2v2nb.backbone import find_bf16
 from w2v2nb.config import ConfigError, configure
+from w2v2nb.data import WaveformDataset
 from w2v2nb.folder import RunFolder, claim, recording
 from w2v2nb.parts import rows_done
 from w2v2nb.run import start
@@ -289,7 +292,7 @@ def test_one_folder_one_run(tuned, small, tmp_path):
 
 def test_a_resume_with_other_parameters_is_refused_with_the_difference(small, tmp_path, capsys):
     start(embed(small / "test.csv", tmp_path / "x"))
-    now = dict(trim=True, layer="all", pooling_mode="mean,max", window=2.0, frames=True, chunk_s=30.0, context_s=1.0)
+    now = dict(trim=True, layer="all", pooling_mode="mean,max", window=2.0, frames=True, chunk_s=3.0, context_s=1.0)
     was = dict(trim=False, layer=-1, pooling_mode="mean", window=None, frames=False, chunk_s=0.0, context_s=5.0)
     for name in now:
         with pytest.raises(ConfigError) as e:
@@ -298,6 +301,58 @@ def test_a_resume_with_other_parameters_is_refused_with_the_difference(small, tm
     before = (tmp_path / "x" / "run.json").read_text()
     assert start(embed(small / "test.csv", tmp_path / "x", resume=True)).about["counts"]["rows"] == 16
     assert "nothing left to do" in capsys.readouterr().out and (tmp_path / "x" / "run.json").read_text() == before
+
+
+def test_a_resume_that_would_compute_in_another_precision_is_refused(small, tmp_path, monkeypatch):
+    "`auto` means bf16 on one machine and fp32 on the next."
+    if not find_bf16():
+        pytest.skip("this CPU has no instructions for bfloat16")
+    folder = start(embed(small / "test.csv", tmp_path / "x", precision="auto"))
+    assert folder.about["fingerprints"]["precision"] == "bf16"
+    metadata = pq.read_schema(folder / "embeddings.parquet").metadata
+    assert metadata[b"precision"] == b"bf16"
+    (folder / "embeddings.parquet").unlink()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    with pytest.raises(ConfigError, match="precision changed since it was started"):
+        start(embed(small / "test.csv", tmp_path / "x", precision="auto", resume=True))
+
+
+def test_an_encoder_is_not_trained_in_fp16(small, tmp_path, monkeypatch):
+    import w2v2nb.encoder
+
+    monkeypatch.setattr(w2v2nb.encoder, "choose_precision", lambda *_: ("fp16", None))  # as on an older GPU with `auto`
+    with pytest.raises(ConfigError, match="an encoder cannot be trained in fp16.*give precision bf16 or fp32"):
+        start(tune(small, tmp_path / "x", precision="auto", freeze=False))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to"), MemoryError()])
+def test_memory_that_runs_out_is_one_line(small, tmp_path, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(w2v2nb.run, "extract", fail)
+    arguments = ["-i", samples.prefix(), "-d", str(small / "test.csv"), "-c", samples.checkpoint(), "--device", "cpu"]
+    assert main(["extraction", *arguments, "-o", str(tmp_path / "x")]) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "emory" in told and told.endswith("what is done is kept, --resume goes on")
+    assert RunFolder(tmp_path / "x").about["state"] == "failed"
+
+
+def test_recordings_are_read_while_the_weights_are(small, tmp_path, monkeypatch):
+    seen, load, read_item = [], w2v2nb.run.load_encoder, WaveformDataset.__getitem__
+
+    def load_late(config):
+        deadline = time.monotonic() + 30
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.append("weights")
+        return load(config)
+
+    monkeypatch.setattr(w2v2nb.run, "load_encoder", load_late)
+    monkeypatch.setattr(WaveformDataset, "__getitem__", lambda self, i: (seen.append("recording"), read_item(self, i))[1])
+    start(embed(small / "test.csv", tmp_path / "x"))
+    assert seen[0] == "recording" and seen.count("weights") == 1 and seen.count("recording") == 16
 
 
 def test_a_resume_on_other_inputs_is_refused_with_their_names(small, tmp_path):

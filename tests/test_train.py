@@ -132,6 +132,21 @@ def test_predictions_are_in_the_dataset_s_order_and_the_model_is_not_changed():
     np.testing.assert_array_equal(targets, TABLE.head(12)[LABELS].to_numpy(dtype=np.float32))
 
 
+def test_predictions_of_a_batch_that_does_not_fit_are_those_of_its_halves(monkeypatch):
+    model, data = make().model, batches(TABLE.head(8), shuffle=False)
+    expected, _ = predict(model, data)
+    forward = Encoder.forward
+
+    def forward_of_few(self, waveform, lengths, layers):
+        if len(lengths) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, waveform, lengths, layers)
+
+    monkeypatch.setattr(Encoder, "forward", forward_of_few)
+    found, _ = predict(model, data)
+    assert np.allclose(found, expected, atol=1e-5) and not data.failures
+
+
 def test_a_recording_set_aside_has_no_prediction():
     table = TABLE.head(4).copy()
     table.loc[1, "uid"] = "nobody"

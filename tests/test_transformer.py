@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from w2v2nb.architecture import build, complete
 from w2v2nb.positions import convolve_blocks, transform_kernel
-from w2v2nb.transformer import Pass, attend, distance_bias, each_recording, prepare_transformer, run_transformer
+from w2v2nb.transformer import Layout, Pass, attend, distance_bias, each_recording, prepare_transformer, run_transformer
 
 
 def transformer(variant):
@@ -27,7 +27,7 @@ def test_padded_as_on_a_gpu_equals_one_at_a_time(variant):
     hidden = torch.randn(sum(n_frames), config["hidden_size"])
     found = []
     for is_padded in (False, True):
-        how = Pass(config, n_frames, torch.float32, torch.float32, is_padded)
+        how = Pass(config, Layout(n_frames, is_padded=is_padded))
         with torch.inference_mode():
             found.append(torch.stack(run_transformer(weights, hidden, how, layers)))
     assert ((found[0] - found[1]).abs().max() / found[0].abs().max()).item() < 1e-5
@@ -77,6 +77,6 @@ def test_bias_in_portions_of_queries_is_the_bias_at_once(is_padded, monkeypatch)
 def test_each_recording_passes_gradients_in_both_ways():
     x = torch.randn(10, 3, requires_grad=True)
     for is_padded in (False, True):
-        y = each_recording(lambda x, mask: x.cumsum(1), x, [4, 6], is_padded)
+        y = each_recording(lambda x, mask: x.cumsum(1), x, Layout([4, 6], is_padded=is_padded))
         (gradient,) = torch.autograd.grad(y.sum(), x)
         assert gradient[:, 0].tolist() == [4, 3, 2, 1, 6, 5, 4, 3, 2, 1]

@@ -95,7 +95,8 @@ def machine_line(results: dict) -> str:
     where = machine.get("gpu") or f"{machine['cpu']} ({machine['family']}; {', '.join(machine['instructions'])})"
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
     threads = f"{results['settings']['threads']} threads of {machine['cores']} cores"
-    return f"Measured on {where}, {threads}, {machine['memory_gb']:.0f} GB; {packages}."
+    where += f", {threads}, {machine['memory_gb']:.0f} GB, load before the start {results['load_before']:.1f}"
+    return f"Measured on {where}; {packages}."
 
 
 def to_markdown(results: dict) -> str:

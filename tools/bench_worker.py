@@ -7,6 +7,7 @@ of waveforms to their embeddings (n, hidden): everything in that one is timed, f
 
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -137,7 +138,10 @@ def ours(folder, device, precision="fp32"):
     "`Encoder.embed` of a list of waveforms."
     from w2v2nb.encoder import Encoder
 
-    return Encoder.from_pretrained(folder, precision=precision, device=device).embed
+    encoder = Encoder.from_pretrained(folder, precision=precision, device=device)
+    if encoder.precision != precision:
+        raise RuntimeError(f"{precision} is not for this machine")
+    return encoder.embed
 
 
 def ours_bf16(folder, device):
@@ -213,5 +217,6 @@ if __name__ == "__main__":
         serve(json.loads(sys.argv[1]), answer)
     except Exception as e:
         # any reason why a contender cannot take part is a result
-        answer({"failure": f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"})
+        line = str(e).strip().splitlines()[0] if str(e).strip() else ""
+        answer({"failure": f"{type(e).__name__}: {re.sub(r'(?<![^ (=:])/[^ ]*/', '', line)}"})  # no paths of this machine
         raise

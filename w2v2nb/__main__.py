@@ -21,7 +21,7 @@ from .status import status
 SUMMARY = {
     "finetune": "train a classifier on rated recordings and measure it on people it has not seen",
     "eval-only": "measure a fine-tuned model on a table of rated recordings",
-    "extraction": "write one embedding per recording of a table",
+    "extraction": "write embeddings of a table's recordings: one each, or one per window or frame",
     "status": "how far a run is: w2v2nb status EXP_DIR",
     "demo": "all three on the recordings that ship with w2v2nb, offline: w2v2nb demo [FOLDER]",
 }
@@ -174,13 +174,16 @@ def work(
     config: Config,  # checked
 ) -> int:
     "Do the work; return the exit status."
+    from torch import OutOfMemoryError
+
     from w2v2nb.run import start
     from w2v2nb.workers import WorkerError
 
     try:
         return 0 if start(config).about["counts"]["rows"] else 1
-    except (OSError, FloatingPointError, WorkerError) as e:
-        print(f"w2v2nb: {e}; what is done is kept, --resume goes on", file=sys.stderr)
+    except (OSError, FloatingPointError, WorkerError, OutOfMemoryError, MemoryError) as e:
+        reason = " ".join(str(e).split()) or "memory ran out"
+        print(f"w2v2nb: {reason}; what is done is kept, --resume goes on", file=sys.stderr)
         return 1
 
 # %% ../nbs/15_main.ipynb #498efea7

@@ -49,8 +49,9 @@ ACTIVATIONS = {"gelu": gelu, "relu": relu, "silu": silu, "swish": silu}
 def complete(
     config: dict,  # a checkpoint's config.json
 ) -> dict:
-    "The configuration with its family's defaults filled in. Raises `ValueError` for what cannot be computed here."
-    full = COMMON | FAMILIES[config["model_type"]] | config
+    "What of it changes the computation, defaults filled in. Raises `ValueError` for what cannot be computed here."
+    full = COMMON | FAMILIES[config["model_type"]]
+    full = {"model_type": config["model_type"]} | {name: config.get(name, default) for name, default in full.items()}
     if full["model_type"] == "data2vec-audio":
         full["feat_extract_norm"] = "layer"  # whatever is written: the family has no other
     n_layers = {len(full[name]) for name in ("conv_dim", "conv_stride", "conv_kernel")}

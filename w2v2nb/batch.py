@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOO_LONG', 'Result', 'Failure', 'Batch', 'collate', 'Reader', 'check_sample', 'set_aside', 'check_limits', 'Notes',
-           'collate_noted', 'Batches', 'make_batches', 'padded_seconds', 'take', 'with_backoff']
+           'collate_noted', 'make_batches', 'Batches', 'padded_seconds', 'take', 'with_backoff']
 
 # %% ../nbs/05_batch.ipynb #1a373180
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -180,6 +180,20 @@ def collate_noted(
         notes.metadata_problems += [item.metadata_problem for item in group if item.metadata_problem]
         yield collate(group, sample_rate, pin_memory)
 
+
+def make_batches(
+    batches: "Batches",  # whose pass it is
+    epoch: int,  # decides on the order of a shuffled pass
+    stop: Event,  # set when nobody wants the rest
+) -> Iterator[Batch]:
+    "The batches of one pass."
+    n, source, notes = batches.n_recordings, batches.source, batches.notes
+    rng = np.random.default_rng([batches.seed, epoch]) if batches.shuffle else None
+    window = window_limits(n, batches.limits["max_padded"], batches.shuffle, batches.window)
+    limits = dict(batches.limits, rng=rng, n_samples=batches.window_s * batches.sample_rate, **window)
+    items = takewhile(lambda _: not stop.is_set(), source.read(rng.permutation(n).tolist() if rng else range(n)))
+    return collate_noted(cut_stream(set_aside(items, notes.failures), **limits), notes, batches.sample_rate, batches.pin_memory)
+
 # %% ../nbs/05_batch.ipynb #d11ec8f6
 class Batches:
     "Batches of similar length; `failures`, `n_shortened` and `metadata_problems` are those of the latest pass."
@@ -228,20 +242,6 @@ class Batches:
         "End passes and worker processes; the next pass starts new ones."
         self.background.close(self.source.close)
 
-
-def make_batches(
-    batches: Batches,  # whose pass it is
-    epoch: int,  # decides on the order of a shuffled pass
-    stop: Event,  # set when nobody wants the rest
-) -> Iterator[Batch]:
-    "The batches of one pass."
-    n, source, notes = batches.n_recordings, batches.source, batches.notes
-    rng = np.random.default_rng([batches.seed, epoch]) if batches.shuffle else None
-    window = window_limits(n, batches.limits["max_padded"], batches.shuffle, batches.window)
-    limits = dict(batches.limits, rng=rng, n_samples=batches.window_s * batches.sample_rate, **window)
-    items = takewhile(lambda _: not stop.is_set(), source.read(rng.permutation(n).tolist() if rng else range(n)))
-    return collate_noted(cut_stream(set_aside(items, notes.failures), **limits), notes, batches.sample_rate, batches.pin_memory)
-
 # %% ../nbs/05_batch.ipynb #4c222f4a
 def padded_seconds(
     device: torch.device | str,  # where the encoder is
@@ -254,10 +254,12 @@ def padded_seconds(
     if torch.device(device).type != "cuda":
         return min(60.0, max(5.0, 20.0 * (768**2 * 12) / (hidden_size**2 * n_layers)))
     bytes_per_s = 4 * (4 * 3200 * conv_channels + 50 * hidden_size * (n_layers + 16))
-    return min(0.5 * torch.cuda.mem_get_info(device)[0] / bytes_per_s, most_s)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for later
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return min(max(0.5 * free / bytes_per_s, 5.0), most_s)
 
 # %% ../nbs/05_batch.ipynb #e39d9186
-TOO_LONG = "this recording alone needs more memory than the device has; it should be shorter: set clip_length"
+TOO_LONG = "this recording alone needs more memory than the device has; it should be shorter: give --chunk_s or --clip_length"
 Result = TypeVar("Result")
 
 

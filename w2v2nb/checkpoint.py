@@ -10,6 +10,7 @@ __all__ = ['download', 'locate', 'read_json', 'read_preprocessor', 'read_config'
 import json
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from . import storage
 from .architecture import FAMILIES, build, complete
 
 # %% ../nbs/05c_checkpoint.ipynb #61ac1fd0
+@lru_cache
 def download(
     name: str,  # name on the Hugging Face hub, such as facebook/wav2vec2-base-960h
     timeout_s: float = 10.0,  # how long to wait for the hub's first answer, in seconds

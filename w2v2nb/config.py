@@ -135,7 +135,7 @@ class Config(Inputs):
     embedding: Literal["layer", "pooled", "dense"] = flag(
         "layer", "with -mp: what its heads get (pooled), or their dense layers (dense)", modes=EMBED
     )
-    chunk_s: float = flag(0.0, "recordings longer than so many seconds in pieces, not exact; 0: none", modes=EMBED, ge=0)
+    chunk_s: float = flag(0.0, "longer recordings in pieces of so many seconds; 0: whole, up to 600 s", modes=EMBED, ge=0)
     context_s: float = flag(5.0, "seconds of its neighbours that a piece sees on either side", modes=EMBED, ge=0)
     separate_heads: bool = flag(False, "a classifier of its own for every label", modes=TRAIN)
     freeze: bool = flag(True, "train the head only", modes=TRAIN)
@@ -180,7 +180,7 @@ def layer_conflicts(
     config: Config,  # mode extraction, each value right by itself
 ) -> list[str]:
     "What is wrong in combination with what an embedding should be made of."
-    is_own, given = config.embedding != "layer", config.model_fields_set
+    is_own, given, clip_s = config.embedding != "layer", config.model_fields_set, config.clip_length / config.resample_rate
     beside = [name for name in ("layer", "pooling_mode") if name in given and is_own]
     checks = {
         f"embedding is {config.embedding} but that is a fine-tuned model's: give mdl_path": is_own and not config.mdl_path,
@@ -190,6 +190,8 @@ def layer_conflicts(
         f"frames are of a layer, not of embedding {config.embedding}: choose one": config.frames and is_own,
         f"hop is {config.hop} but there are no windows: give window as well": config.hop and not config.window,
         f"chunk_s is {config.chunk_s} but should be 0, or at least 1 second": 0 < config.chunk_s < 1,
+        f"chunk_s is {config.chunk_s} but clip_length cuts every recording at {clip_s:g} s: give clip_length 0": config.chunk_s
+        and 0 < clip_s <= config.chunk_s,
     }
     return [sentence for sentence, is_wrong in checks.items() if is_wrong]
 

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .architecture import build, complete
 from .backbone import Backbone, choose_precision, pick_device
+from .batch import padded_seconds
 from .checkpoint import load_weights, locate, read_config, read_preprocessor
 from .frontend import refuse_short
 
@@ -97,7 +98,7 @@ def embed_recordings(
     waveforms: Sequence,  # 1-D arrays of floats at the model's sample rate
     layer: int | list[int] | str = -1,  # one layer, several, or "all"
     pooling: str | list[str] = "mean",  # mean, sum or max, or several of them
-    max_padded_s: float = 30.0,  # audio in one batch, padding included, in seconds
+    max_padded_s: float | None = None,  # audio in one batch, padding included, in seconds; None: what suits the device
 ) -> torch.Tensor:
     "Embeddings as a float32 CPU tensor: (n, hidden), with a dimension of layers, then one of poolings, where several are asked."
     if getattr(waveforms, "ndim", 0) == 1 and waveforms.dtype != object:
@@ -109,6 +110,7 @@ def embed_recordings(
     poolings = pooling if isinstance(pooling, (list, tuple)) else [pooling]
     lengths = [len(x) for x in waveforms]
     refuse_short(lengths, backbone.min_frames)
+    max_padded_s = max_padded_s or padded_seconds(backbone.device, backbone.hidden_size, backbone.n_layers)
     embeddings = torch.empty(len(waveforms), len(layers), len(poolings), backbone.hidden_size)
     with evaluating(backbone):
         for batch in group_by_length(lengths, int(max_padded_s * backbone.sample_rate)):

@@ -20,7 +20,7 @@ from torch import nn
 
 from .batch import Batch, Batches, Failure, take, with_backoff
 from .encoder import Encoder, pool
-from .parts import remove_unfinished, rows_table, write_part, write_progress
+from .parts import read_progress, remove_unfinished, rows_table, write_part, write_progress
 from .progress import progress
 from .pooling import cut_windows, pool_pieces
 
@@ -156,12 +156,14 @@ class Parts:
         self.work, self.n_total, self.n_before, self.part_s, self.part_bytes = work, n_total, n_done, part_s, part_bytes
         self.tables, self.n_pending, self.n_bytes, self.spent_s = [], 0, 0, 0.0
         self.started, self.audio_s, self.n_new, self.n_failed = time.monotonic(), 0.0, 0, 0
+        self.problems = {*read_progress(work).get("metadata_problems", [])}
         remove_unfinished(work)
         self.report()
 
     def report(self) -> None:
         n_done, seconds = self.n_before + self.n_new, time.monotonic() - self.started
-        write_progress(self.work, self.n_total, n_done, self.n_new, self.n_failed, self.audio_s, seconds)
+        problems = sorted(self.problems)
+        write_progress(self.work, self.n_total, n_done, self.n_new, self.n_failed, self.audio_s, seconds, problems)
 
     def close(self) -> None:
         "Write what has been collected, if anything. When that fails it is not tried again."
@@ -223,8 +225,9 @@ def embed_together(
 ) -> float:
     "Encode a batch; return the seconds that it took for each second of padded audio."
     started = time.monotonic()
-    for piece, result in with_backoff(lambda some: embed_batch(encoder, some, recipe), batch):
-        seconds, started = time.monotonic() - started, time.monotonic()
+    results = with_backoff(lambda some: embed_batch(encoder, some, recipe), batch)
+    pace = (time.monotonic() - started) / batch.padded_s
+    for piece, result in results:
         if isinstance(result, Failure):
             failures.append(result)
             continue
@@ -237,8 +240,8 @@ def embed_together(
             table = table.filter(pa.array(~np.isin(owner, bad)))
         parts.audio_s += piece.audio_s
         if table.num_rows:
-            parts.add(table, len(piece) - len(bad), seconds)
-    return seconds / piece.padded_s
+            parts.add(table, len(piece) - len(bad), pace * piece.padded_s)
+    return pace
 
 # %% ../nbs/09_extract.ipynb #d9bb46a9
 def embed_alone(
@@ -258,6 +261,9 @@ def embed_alone(
         add_stream(parts, stream_rows(encoder, batch, row, recipe))
     except NotFinite as e:
         refuse(batch, failures, str(e))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        refuse(batch, failures, "a piece of it needs more memory than the device has: give a smaller --chunk_s")
 
 # %% ../nbs/09_extract.ipynb #ae3f9837
 def extract(
@@ -272,7 +278,7 @@ def extract(
     "Write the embeddings of all batches as parts into `work`; a recording set aside is among `batches.failures`."
     encoder.eval()
     rows = range(batches.n_recordings) if rows is None else rows
-    n_total, pace = n_total or batches.n_recordings, 0.0
+    n_total, n_left, pace = n_total or batches.n_recordings, batches.n_recordings, 0.0
     parts = Parts(work, n_total, n_total - batches.n_recordings, part_s)
     try:
         with progress(batches.n_recordings, "extract") as bar:
@@ -283,7 +289,10 @@ def extract(
                     pace = embed_together(encoder, together, rows, recipe, parts, batches.failures)
                 for one in alone:
                     embed_alone(encoder, one, int(rows[one.index[0]]), recipe, parts, batches.failures)
-                parts.n_failed = len(batches.failures)
-                bar.advance(len(batch.uids), batch.audio_s)
+                parts.n_failed, n_left = len(batches.failures), n_left - len(batch)
+                parts.problems.update(batches.metadata_problems)
+                bar.advance(len(batch), batch.audio_s)
+            bar.advance(n_left, 0.0)  # those that could not be read
     finally:
         parts.close()
+    parts.report()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from .architecture import ACTIVATIONS
 
@@ -100,35 +101,37 @@ def convolve(
 
 # %% ../nbs/05d_frontend.ipynb #480270d3
 def window_moments(
-    waveform: torch.Tensor,  # (samples,) with a mean near 0
+    waveform: torch.Tensor,  # (batch, samples) with a mean near 0, padded
+    lengths: list[int],  # samples of each recording
     kernel: int,  # samples in a window
     stride: int,  # samples from one window to the next
     block: int = 1 << 16,  # windows at a time
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Mean (kernel,) and covariance (kernel, kernel) of a recording's windows, in double precision where there is any."
+    "Mean (batch, kernel) and covariance (batch, kernel, kernel) of windows, in double precision where there is any."
     dtype = torch.float32 if waveform.device.type == "mps" else torch.float64
-    n = count_frames(len(waveform), kernel, stride)
-    total, products = waveform.new_zeros(kernel, dtype=dtype), waveform.new_zeros(kernel, kernel, dtype=dtype)
+    n_windows = torch.tensor([count_frames(n, kernel, stride) for n in lengths], device=waveform.device)[:, None]
+    total, products, n = 0, 0, count_frames(max(lengths), kernel, stride)
     for first in range(0, n, block):
-        part = waveform[first * stride : (min(first + block, n) - 1) * stride + kernel]
-        windows = part.to(dtype).unfold(0, kernel, stride)  # (windows, kernel)
-        total, products = total + windows.sum(0), products + windows.T @ windows
-    mean = total / n
-    return mean, products / n - mean[:, None] * mean
+        last = min(first + block, n)
+        windows = waveform[:, first * stride : (last - 1) * stride + kernel].to(dtype).unfold(1, kernel, stride)
+        is_whole = torch.arange(first, last, device=waveform.device) < n_windows  # (batch, windows)
+        windows = windows * is_whole[..., None]
+        total, products = total + windows.sum(1), products + windows.mT @ windows
+    mean = total / n_windows
+    return mean, products / n_windows[..., None] - mean[:, :, None] * mean[:, None]
 
 # %% ../nbs/05d_frontend.ipynb #a6675610
 def fold_group_norm(
-    waveform: torch.Tensor,  # (samples,) with a mean near 0
+    mean: torch.Tensor,  # (batch, kernel) from `window_moments`
+    covariance: torch.Tensor,  # (batch, kernel, kernel) likewise
     weight: torch.Tensor,  # (channels, 1, kernel) of the first convolution
     norm: torch.nn.GroupNorm,  # with one group per channel
-    stride: int,  # of the first convolution, in samples
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Weight (channels, kernel) and bias (channels,) whose product with the recording's windows is normalized over time."
-    mean, covariance = window_moments(waveform, weight.shape[-1], stride)
+    "Weight (batch, channels, kernel) and bias (batch, channels) whose product with windows is normalized over time."
     weight = weight[:, 0].to(mean.dtype)
-    variance = ((weight @ covariance) * weight).sum(1)
-    scaled = weight * (norm.weight / (variance + norm.eps).sqrt())[:, None]
-    return scaled, norm.bias - scaled @ mean
+    variance = ((weight @ covariance) * weight).sum(2)  # (batch, channels)
+    scaled = weight * (norm.weight / (variance + norm.eps).sqrt())[..., None]
+    return scaled, norm.bias - (scaled @ mean[..., None])[..., 0]
 
 # %% ../nbs/05d_frontend.ipynb #4ddcdb96
 @dataclass
@@ -139,14 +142,19 @@ class Piece:
     first: int  # first frame
     n_frames: int
     slot: int  # slot of the first frame
+    n_slots: int  # how many it takes
 
 
 def plan_strips(
     n_frames: list[int],  # of each recording
     max_slots: int,  # of a strip; at least 2
     n_extra: int = 1,  # slots beyond its last frame that a piece needs
+    is_even: bool = False,  # recordings at even distances, all in one strip, if that holds them
 ) -> list[list[Piece]]:
     "Strips of pieces: every frame of every recording once, in order."
+    width = max(n_frames) + n_extra
+    if is_even and width * len(n_frames) <= max_slots:
+        return [[Piece(i, 0, n, i * width, width) for i, n in enumerate(n_frames)]]
     strips, slot = [[]], 0
     for recording, n in enumerate(n_frames):
         first = 0
@@ -156,7 +164,7 @@ def plan_strips(
                 strips.append([])
                 slot, room = 0, max_slots - n_extra
             taken = min(room, n - first)
-            strips[-1].append(Piece(recording, first, taken, slot))
+            strips[-1].append(Piece(recording, first, taken, slot, taken + n_extra))
             first, slot = first + taken, slot + taken + n_extra
     return strips
 
@@ -169,8 +177,7 @@ def lay_strip(
     n_beyond: int = 5,  # samples that the first convolution's last window sees beyond the last slot
 ) -> torch.Tensor:
     "The pieces' samples in their slots, zeros elsewhere."
-    n_slots = pieces[-1].slot + pieces[-1].n_frames + math.ceil((receptive - stride) / stride)
-    strip = waveforms[0].new_zeros(n_slots * stride + n_beyond)
+    strip = waveforms[0].new_zeros((pieces[-1].slot + pieces[-1].n_slots) * stride + n_beyond)
     for piece in pieces:
         first, n = piece.first * stride, (piece.n_frames - 1) * stride + receptive
         strip[piece.slot * stride :][:n] = waveforms[piece.recording][first : first + n]
@@ -210,32 +217,37 @@ def first_weights(
     waveforms: list[torch.Tensor],  # each (samples,), with a mean near 0 for a group norm model
     stride: int,  # of the first convolution, in samples
     dtype: torch.dtype,  # to compute in
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    "For each recording the first convolution's weight (channels, kernel) and bias."
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    "The first convolution's weight (batch, channels, kernel) and bias (batch, channels); a batch of one where all share them."
     first, norm = weights["first"], weights["norms"][0]
     if isinstance(norm, torch.nn.GroupNorm):
-        folded = [fold_group_norm(x, first.weight, norm, stride) for x in waveforms]
-        return [(weight.to(dtype), bias.to(dtype)) for weight, bias in folded]
-    return [(first.weight[:, 0].to(dtype), None if first.bias is None else first.bias.to(dtype))] * len(waveforms)
+        padded = waveforms[0][None] if len(waveforms) == 1 else pad_sequence(waveforms, batch_first=True)
+        moments = window_moments(padded, [len(x) for x in waveforms], first.weight.shape[2], stride)
+        weight, bias = fold_group_norm(*moments, first.weight, norm)
+        return weight.to(dtype), bias.to(dtype)
+    return first.weight[None, :, 0].to(dtype), None if first.bias is None else first.bias[None].to(dtype)
 
 
 def convolve_samples(
     strip: torch.Tensor,  # from `lay_strip`
     pieces: list[Piece],  # what lies in it
-    first: list[tuple[torch.Tensor, torch.Tensor | None]],  # from `first_weights`
+    first: tuple[torch.Tensor, torch.Tensor | None],  # from `first_weights`
     stride: int,  # of this convolution, in samples
     n_rows: int,  # outputs in a slot
     activation: str | None,  # None where a norm comes before it
 ) -> torch.Tensor:
     "The first convolution over a strip: (slots * n_rows, channels)."
-    windows = strip.unfold(0, first[0][0].shape[1], stride).contiguous()  # (steps, kernel)
-    starts = [piece.slot * n_rows for piece in pieces]
-    ends = [*starts[1:], len(windows)]
-    parts = [
-        multiply(windows[a:b], *first[piece.recording], activation)
-        for piece, a, b in zip(pieces, starts, ends, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    weight, bias = first
+    windows = strip.unfold(0, weight.shape[2], stride).contiguous()  # (steps, kernel)
+    if len(weight) == 1:
+        return multiply(windows, weight[0], None if bias is None else bias[0], activation)
+    if len(pieces) > 1 and len({piece.n_slots for piece in pieces}) == 1:
+        own = [piece.recording for piece in pieces]
+        y = torch.baddbmm(bias[own][:, None], windows.view(len(own), -1, windows.shape[1]), weight[own].mT).flatten(0, 1)
+        return ACTIVATIONS[activation](y) if activation else y
+    steps = windows.split([piece.n_slots * n_rows for piece in pieces])
+    owners = [piece.recording for piece in pieces]
+    return torch.cat([multiply(x, weight[i], bias[i], activation) for x, i in zip(steps, owners, strict=True)])
 
 # %% ../nbs/05d_frontend.ipynb #c781a286
 def run_front_end(
@@ -244,7 +256,8 @@ def run_front_end(
     waveforms: list[torch.Tensor],  # each (samples,) float32
     dtype: torch.dtype,  # to compute in
     max_slots: int = 200,  # in a strip: 4 s
-    first: list | None = None,  # from `first_weights`, for pieces of a longer recording
+    is_even: bool = False,  # see `plan_strips`
+    first: tuple | None = None,  # from `first_weights`, for pieces of a longer recording
 ) -> Iterator[torch.Tensor]:
     "Features (frames, hidden) of the recordings, packed, strip by strip."
     receptive, stride = frame_geometry(config)
@@ -252,7 +265,7 @@ def run_front_end(
     n_frames = [count_frames(len(x), receptive, stride) for x in waveforms]
     first = first or first_weights(weights, waveforms, strides[0], dtype)
     is_folded = not isinstance(norms[0], torch.nn.LayerNorm)
-    for pieces in plan_strips(n_frames, max_slots, math.ceil((receptive - stride) / stride)):
+    for pieces in plan_strips(n_frames, max_slots, math.ceil((receptive - stride) / stride), is_even):
         strip = lay_strip(waveforms, pieces, receptive, stride, config["conv_kernel"][0] - strides[0]).to(dtype)
         x = convolve_samples(strip, pieces, first, strides[0], stride // strides[0], activation if is_folded else None)
         if not is_folded:

@@ -98,11 +98,9 @@ def load_model(
 
 @checking()
 def load_encoder(
-    config: Config,  # mdl_path or checkpoint, device, precision
+    config: Config,  # checkpoint, device, precision
 ) -> Encoder:
-    "The encoder of the fine-tuned model, if one is given, else of the checkpoint."
-    if config.mdl_path:
-        return load_model(config).encoder
+    "The encoder of the checkpoint."
     return Encoder.from_pretrained(config.checkpoint, precision=config.precision, device=config.device)
 
 # %% ../nbs/13c_inputs.ipynb #6e6b5a26

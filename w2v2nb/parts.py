@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP_BYTES', 'RUN', 'BLOCK_BYTES', 'rows_table', 'row_bytes', 'write_tables', 'part_paths', 'write_part',
            'remove_unfinished', 'read_runs', 'find_runs', 'rows_done', 'cut_blocks', 'row_numbers', 'read_block',
-           'merge_parts', 'write_progress']
+           'merge_parts', 'write_progress', 'read_progress']
 
 # %% ../nbs/08a_parts.ipynb #e4832f05
 import json
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .storage import names, write_text, writing, writing_folder
+from .storage import names, read_text, write_text, writing, writing_folder
 
 # %% ../nbs/08a_parts.ipynb #f263328e
 def rows_table(
@@ -95,7 +95,7 @@ def remove_unfinished(
 ) -> None:
     "Remove what a killed process has left of unfinished writes."
     for name in names(work):
-        if name.startswith("."):
+        if name.startswith((".part-", ".progress.json")):
             shutil.rmtree(Path(work) / name)
 
 # %% ../nbs/08a_parts.ipynb #daf709fb
@@ -217,8 +217,18 @@ def write_progress(
     failed: int,  # recordings that this process has set aside
     audio_s: float,  # seconds of audio that this process has encoded
     seconds: float,  # how long this process has been at it
+    metadata_problems: list[str],  # sentences about recordings, of all processes
 ) -> None:
     "Write `progress.json` into a work folder, atomically, with the time in UTC."
     counts = dict(total=total, done=done, n_new=n_new, failed=failed, audio_s=round(audio_s, 3), seconds=round(seconds, 3))
     updated = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_text(Path(work) / "progress.json", json.dumps(counts | {"updated": updated}) + "\n")
+    about = counts | {"updated": updated, "metadata_problems": metadata_problems}
+    write_text(Path(work) / "progress.json", json.dumps(about) + "\n")
+
+
+def read_progress(
+    work: str | Path,  # the work folder; need not exist
+) -> dict:
+    "What `progress.json` says; nothing where there is none."
+    path = Path(work) / "progress.json"
+    return json.loads(read_text(path)) if path.exists() else {}

@@ -38,7 +38,7 @@ from w2v2nb.inputs import (
     read_table,
 )
 from .model import Classifier
-from .parts import merge_parts, rows_done
+from .parts import merge_parts, read_progress, rows_done
 from .train import Trainer, load_state, save_state, take_notes, trainable
 
 # %% ../nbs/14_run.ipynb #4eccb131
@@ -123,7 +123,8 @@ def extract_embeddings(
             about = describe_table(folder, recipe, model)
             n_rows = merge_parts(work, folder / output, about, is_folder=config.frames)
             _, is_shortened = rows_done(work)
-            notes = take_notes(batches) | {"n_shortened": int(is_shortened.sum())}
+            problems = read_progress(work)["metadata_problems"]
+            notes = take_notes(batches) | {"n_shortened": int(is_shortened.sum()), "metadata_problems": problems}
             return finish(folder, n_rows, [notes], len(is_shortened))
 
 # %% ../nbs/14_run.ipynb #a138b078
@@ -225,6 +226,8 @@ def finetune(
         classifiers = read_classifiers(config)
         parts = read_parts(config, sum(classifiers, []))
         model = make_model(config, classifiers)
+        if model.encoder.precision == "fp16" and not config.freeze:
+            raise ValueError("an encoder cannot be trained in fp16, whose gradients vanish; give precision bf16 or fp32")
         batches = {k: read_batches(config, t, model.labels, model.encoder.config, k == "train") for k, t in parts.items()}
         fingerprints = fingerprint_inputs(config, model.encoder)
         check_inputs(folder, config, fingerprints)
