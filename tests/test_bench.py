@@ -53,6 +53,7 @@ def as_results(**contenders):
     model = dict(set="svd", n=2, lengths_s=[20.0, 40.0], rounds=3, flops=6e9, flops_per_s={"fp32": 3e9, "bf16": 6e9})
     machine = dict(cpu="A CPU", family="family 1", instructions=["avx2"], cores=2, memory_gb=8.0)
     about = dict(machine=machine, device="cpu", versions={"torch": "1"}, settings={"threads": 2}, whole=None)
+    about |= {"load_before": 0.1}
     return about | {"models": {"base": model | {"spread": 0.3, "contenders": contenders}}}
 
 
