@@ -167,7 +167,7 @@ def test_reader_is_never_far_ahead(n_most, n_samples):
 def count_reads(dataset, **options):
     """How many recordings were read when each batch was made; no thread ahead, which would blur it."""
     batches, counts = Batches(dataset, **options), []
-    batches.background.run = lambda make, is_alone: make(threading.Event())
+    batches.background.run = lambda make: make(threading.Event())
     for _ in batches:
         counts.append(dataset.n_read)
     return counts
@@ -198,7 +198,7 @@ def test_hours_are_not_held_by_the_dozen():
     """Ten recordings beyond window_s, with a limit of eight to a batch: each goes alone, and few are in memory."""
     batches = Batches(dataset := Fake([40000] * 10), max_items=8, max_padded_s=1.0)
     batches.window_s, ahead = 2.0, []
-    batches.background.run = lambda make, is_alone: make(threading.Event())
+    batches.background.run = lambda make: make(threading.Event())
     for n_given, _ in enumerate(batches):
         ahead.append(dataset.n_read - n_given)
     assert max(ahead) <= 4

@@ -236,11 +236,14 @@ class Batches:
     def start(self) -> Iterator[Batch]:
         "A new pass, of which batches are being made from now on."
         self.notes = Notes()
-        return self.background.run(partial(make_batches, self, self.epoch), is_alone=self.source.num_workers > 0)
+        if self.source.num_workers:  # they read ahead themselves, and a killed one is noticed in the caller's thread only
+            return make_batches(self, self.epoch, Event())
+        return self.background.run(partial(make_batches, self, self.epoch))
 
     def close(self) -> None:
         "End passes and worker processes; the next pass starts new ones."
-        self.background.close(self.source.close)
+        self.background.close()
+        self.source.close()
 
 # %% ../nbs/05_batch.ipynb #4c222f4a
 def padded_seconds(
