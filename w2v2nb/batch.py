@@ -235,10 +235,9 @@ class Batches:
 
     def start(self) -> Iterator[Batch]:
         "A new pass, of which batches are being made from now on."
-        self.notes = Notes()
-        if self.source.num_workers:  # they read ahead themselves, and a killed one is noticed in the caller's thread only
-            return make_batches(self, self.epoch, Event())
-        return self.background.run(partial(make_batches, self, self.epoch))
+        self.notes, make = Notes(), partial(make_batches, self, self.epoch)
+        # workers read ahead themselves, and one that was killed is noticed in the caller's thread only
+        return make(Event()) if self.source.num_workers else self.background.run(make)
 
     def close(self) -> None:
         "End passes and worker processes; the next pass starts new ones."
