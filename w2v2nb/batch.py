@@ -236,13 +236,12 @@ class Batches:
     def start(self) -> Iterator[Batch]:
         "A new pass, of which batches are being made from now on."
         self.notes, make = Notes(), partial(make_batches, self, self.epoch)
-        # workers read ahead themselves, and one that was killed is noticed in the caller's thread only
+        # workers read ahead by themselves; that one was killed is noticed in the main thread only
         return make(Event()) if self.source.num_workers else self.background.run(make)
 
     def close(self) -> None:
         "End passes and worker processes; the next pass starts new ones."
-        self.background.close()
-        self.source.close()
+        self.background.close(), self.source.close()
 
 # %% ../nbs/05_batch.ipynb #4c222f4a
 def padded_seconds(
