@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+from w2v2nb.reference import CLASSES
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SMALL = {
@@ -33,13 +35,6 @@ VARIANTS = {
     "data2vec-audio": ("data2vec-audio", {"num_conv_pos_embeddings": 5, "conv_pos_kernel_size": 19}),
     "unispeech-sat": ("unispeech-sat", {"num_conv_pos_embeddings": 16}),
     "unispeech-sat-stable": ("unispeech-sat", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
-}
-CLASSES = {
-    "wav2vec2": "Wav2Vec2Model",
-    "hubert": "HubertModel",
-    "wavlm": "WavLMModel",
-    "data2vec-audio": "Data2VecAudioModel",
-    "unispeech-sat": "UniSpeechSatModel",
 }
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import CLASSES, SMALL, VARIANTS, make_model
+from conftest import SMALL, VARIANTS, make_model
 
 from w2v2nb.architecture import FAMILIES, build, complete
+from w2v2nb.reference import CLASSES
 
 
 def library_config(family, **settings):

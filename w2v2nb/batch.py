@@ -226,7 +226,7 @@ class Batches:
         self.epoch = epoch
 
     def begin(self) -> None:
-        "Begin reading what the next pass will hand out; a caller can load a model meanwhile."
+        "Begin reading what the next pass will hand out, so that a model can be loaded meanwhile; workers begin with the pass."
         self.begun = self.start()
 
     def __iter__(self) -> Iterator[Batch]:

@@ -142,28 +142,17 @@ class Background:
         self,
         make: Callable[[Event], Generator],  # gets the event that says when to stop
         n: int = 2,  # items to make ahead
-        is_alone: bool = False,  # whether generators that are still running should end
     ) -> Ahead:
         "Begin with a generator; its items in order."
-        if is_alone:
-            self.end()
         self.pool, stop = self.pool or ThreadPoolExecutor(1, "ahead"), Event()
         begun = Ahead(make(stop), self.pool, stop, n)
         self.running.add(begun)
         return begun
 
-    def end(self) -> None:
-        "Have all generators end; returns at once."
+    def close(self) -> None:
+        "End all generators and the thread, and wait for it; `run` starts another."
         for begun in list(self.running):
             begun.close()
-
-    def close(
-        self,
-        last: Callable[[], None] = int,  # what the thread does in the end
-    ) -> None:
-        "End all generators and the thread, and wait for it; `run` starts another."
-        self.end()
         if self.pool:
-            self.pool.submit(last)
             self.pool.shutdown()
         self.pool = None
