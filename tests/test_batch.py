@@ -15,7 +15,7 @@ import torch
 
 from w2v2nb.batch import Batches, Failure, Reader, collate, padded_seconds, take, with_backoff
 from w2v2nb.transforms import RecordingError
-from w2v2nb.windows import Item, cut, cut_stream
+from w2v2nb.windows import Item, cut, cut_stream, steps
 from w2v2nb.workers import WorkerError
 
 LENGTHS = np.random.default_rng(0).integers(100, 5000, size=200)
@@ -60,6 +60,10 @@ LIMITS = [dict(max_items=8), dict(max_padded_s=1.0), dict(max_items=5, max_padde
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_every_recording_comes_exactly_once(limits, shuffle):
+    if shuffle and "max_items" not in limits:
+        with pytest.raises(ValueError, match="need max_items"):
+            Batches(Fake(), shuffle=True, **limits)
+        return
     batches = Batches(Fake(), shuffle=shuffle, **limits)
     batches.window = 64
     assert sorted(sum(orders(batches), [])) == list(range(200)) == sorted(sum(orders(batches), []))
@@ -123,21 +127,52 @@ def test_shuffled_batches_are_not_sorted_by_length():
     assert longest != sorted(longest)
 
 
-@pytest.mark.parametrize("window", [3, 20, 64, 256])
-@pytest.mark.parametrize("window_s", [0.1, 1800])
-def test_every_training_step_has_its_recordings_but_the_last(window, window_s):
-    batches = Batches(Fake(bad=[3, 50, 51, 120]), max_items=8, shuffle=True)
-    batches.window, batches.window_s = window, window_s
-    assert [len(batch) for batch in batches] == [8] * 24 + [4]
+def test_a_step_is_known_before_anything_is_read():
+    plain, broken = Batches(Fake(), max_items=8, shuffle=True), Batches(Fake(bad=[3, 50, 51, 120]), max_items=8, shuffle=True)
+    assert [len(batch) for batch in plain] == [8] * 25
+    assert [[i for i in step if i not in (3, 50, 51, 120)] for step in orders(plain)] == orders(broken)
+
+
+def test_a_step_without_a_recording_that_can_be_read_is_left_out_or_empty():
+    bad = list(range(16))
+    assert orders(Batches(Fake(LENGTHS[:16], bad=bad), max_items=8, shuffle=True)) == []
+    shared = list(Batches(Fake(LENGTHS[:16], bad=bad), max_items=8, shuffle=True, rank=0, n_ranks=2))
+    assert [len(batch) for batch in shared] == [0, 0] and shared[0].targets.numel() == 0
+
+
+@pytest.mark.parametrize("n, n_items", [(48, 8), (50, 8), (7, 3), (1, 8), (9, 1)])
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 5])
+def test_processes_divide_each_step_and_keep_pairs_together(n, n_items, n_ranks):
+    whole = steps(n, n_items, np.random.default_rng(0))
+    shares = [steps(n, n_items, np.random.default_rng(0), rank, n_ranks) for rank in range(n_ranks)]
+    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
+    assert sorted(sum(whole, [])) == list(range(n)) and {len(step) for step in whole[:-1]} <= {n_items}
+    for rank, share in ((rank, share) for rank in range(n_ranks) for share in zip(whole, shares[rank], strict=True)):
+        step, mine = share
+        assert len(mine) % 2 == 0 or mine[-1] == step[-1], f"process {rank} parts a pair"
+    read = [orders(Batches(Fake(LENGTHS[:n]), max_items=n_items, shuffle=True, rank=rank, n_ranks=n_ranks)) for rank in range(n_ranks)]
+    assert [sum(parts, []) for parts in zip(*read, strict=True)] == orders(Batches(Fake(LENGTHS[:n]), max_items=n_items, shuffle=True))
+
+
+def test_a_dataset_may_know_the_epoch():
+    class Epochs(Fake):
+        takes_epoch = True
+
+        def __getitem__(self, key):
+            i, epoch = key
+            return super().__getitem__(i) | {"uid": f"{i} in {epoch}"}
+
+    batches = Batches(Epochs(), max_items=8, shuffle=True)
+    batches.set_epoch(3)
+    (batch, *_) = batches
+    assert batch.uids == [f"{i} in 3" for i in batch.index]
 
 
 def test_sorting_saves_padding():
     in_order = [collate([Reader(Fake())[i] for i in range(k, k + 8)]) for k in range(0, 200, 8)]
-    for shuffle in (False, True):
-        batches = list(Batches(Fake(), max_items=8, shuffle=shuffle))
-        padded, unsorted = sum(b.padded_s for b in batches), sum(b.padded_s for b in in_order)
-        assert padded < 0.7 * unsorted
-        assert padded < (1.2 if shuffle else 1.05) * sum(b.audio_s for b in batches)
+    batches = list(Batches(Fake(), max_items=8))
+    padded, unsorted = sum(b.padded_s for b in batches), sum(b.padded_s for b in in_order)
+    assert padded < 0.7 * unsorted and padded < 1.05 * sum(b.audio_s for b in batches)
 
 
 def test_large_batches_of_short_recordings_are_still_sorted():
@@ -378,9 +413,9 @@ def test_reading_begins_with_iter_and_stays_two_batches_ahead():
     dataset = Fake([100] * 2000)
     batches = Batches(dataset, max_items=8, shuffle=True)
     stream = iter(batches)
-    assert wait_until(lambda: dataset.n_read >= 256)
+    assert wait_until(lambda: dataset.n_read >= 16)
     time.sleep(0.2)
-    assert dataset.n_read <= 256 + 8
+    assert dataset.n_read == 16
     del stream
     reader = reader_of(batches)
     batches.close()

@@ -52,6 +52,8 @@ def targets_of(values, scale=None):
         ([None, None], None, [NAN, NAN]),
         ([-1, 1, 2, 3, 4, 5, 6], "clinical", [NAN, 0, 1, 1, 1, 1, NAN]),
         ([NAN, 1.0, 6.0], "clinical", [NAN, 0, NAN]),
+        ([-1, 1, 2, 3, 4, 5, 6], "grades", [NAN, 1, 2, 3, 4, 5, NAN]),
+        (["5", None, "1.0"], "grades", [5, NAN, 1]),
     ],
 )
 def test_scales(values, scale, expected):
@@ -75,7 +77,8 @@ def test_nullable_columns():
         ([1, -1], None, "say --scale clinical"),
         ([0, 1], "clinical", "has the value 0 in row 1 .*-1, 1, 2, 3, 4, 5, 6 or empty"),
         ([2.5], "clinical", "has the value 2.5"),
-        ([1], "Clinical", r"scale is 'Clinical'; it should be one of \[None, 'clinical'\]"),
+        ([0, 1], "grades", "has the value 0 in row 1 .*-1, 1, 2, 3, 4, 5, 6 or empty"),
+        ([1], "Clinical", r"scale is 'Clinical'; it should be one of \[None, 'clinical', 'grades'\]"),
     ],
 )
 def test_values_off_the_scale(values, scale, match):
@@ -214,6 +217,13 @@ def test_split_with_few_ratings_and_on_the_clinical_scale():
     assert len(split_by_group(table, ["a"], share=0.5)[1]) == 3
     assert len(split_by_group(table, ["b"], share=0.5, scale="clinical")[1]) == 3
     assert len(split_by_group(table, [], share=0.5)[1]) == 3
+
+
+def test_every_grade_is_divided_where_grades_are_targets():
+    grades = np.random.default_rng(0).permutation(np.repeat([1, 2, 3, 4, 5], 20))
+    table = pd.DataFrame({"uid": [str(i) for i in range(100)], "subject": [f"s{i}" for i in range(100)], "a": grades})
+    held = split_by_group(table, ["a"], share=0.25, scale="grades")[1]
+    assert held["a"].value_counts().sort_index().tolist() == [5] * 5
 
 
 def test_groups_of_very_different_size():

@@ -9,6 +9,7 @@ import torch
 
 from w2v2nb import samples
 from w2v2nb.batch import Batches
+from w2v2nb.cache import VectorCache
 from w2v2nb.data import WaveformDataset, read_annotations
 from w2v2nb.encoder import Encoder, pool
 from w2v2nb.extract import EXACT_S, Parts, Recipe, extract
@@ -49,10 +50,10 @@ class Tones:
         return dict(uid=self.uids[i], waveform=waveform, sample_rate=16000, targets=np.zeros(0))
 
 
-def embed(encoder, folder, recipe, dataset=None, **options):
+def embed(encoder, folder, recipe, dataset=None, cache=None, **options):
     "The table that `extract` and `merge_parts` make, as one."
     data = batches(dataset, **options)
-    extract(encoder, data, folder / "work", recipe)
+    extract(encoder, data, folder / "work", recipe, cache=cache)
     merge_parts(folder / "work", folder / "t.parquet", {})
     assert not data.failures
     return pq.read_table(folder / "t.parquet")
@@ -76,6 +77,7 @@ def close(a, b, tolerance=1e-5):
         (Recipe([12], []), ["embedding"]),
         (Recipe([0, 12], []), ["embedding_0", "embedding_12"]),
         (Recipe([3], dense=[torch.nn.Linear(2, 2)]), ["embedding"]),
+        (Recipe([0, 12], embed=torch.nn.Identity()), ["embedding"]),
         (Recipe([3], dense=[torch.nn.Linear(2, 2)] * 2), ["embedding_0", "embedding_1"]),
     ],
 )
@@ -146,25 +148,93 @@ def test_seconds_are_the_recording_s_whatever_rate_the_encoder_expects(encoder, 
         assert last == pytest.approx(2.0 if recipe.poolings else (48 * 320 + 200) / 8000)
 
 
-@pytest.mark.parametrize("classifiers", [[["a", "b"]], [["a"], ["b", "c"]]])
-def test_heads_get_and_make_what_the_model_s_own_forward_does(encoder, waveforms, tmp_path, classifiers):
-    model = Classifier(encoder, classifiers, pooling="max", layer=2).eval()
-    pooled = embed(encoder, tmp_path / "pooled", Recipe([model.layer], [model.pooling]))
-    dense = embed(encoder, tmp_path / "dense", Recipe([model.layer], [model.pooling], dense=[h.dense for h in model.heads]))
+def run_model(model, waveforms):
+    "What a model's own forward makes of recordings: embeddings, what goes into each head's last layer, outputs."
     lengths = torch.tensor([len(w) for w in waveforms])
-    padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
-    seen = []
+    padded, seen = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True), []
     hooks = [head.output.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for head in model.heads]
     with torch.no_grad():
-        close(matrix(pooled), model.embed(padded, lengths))
-        outputs = model(padded, lengths)
-        names = ["embedding"] if len(classifiers) == 1 else ["embedding_0", "embedding_1"]
-        assert dense.schema.names[1:] == names
-        for name, expected in zip(names, seen, strict=True):
-            close(matrix(dense, name), expected)
-        again = torch.cat([head.output(matrix(dense, name)) for head, name in zip(model.heads, names, strict=True)], 1)
-        close(again, outputs)
+        embedding, outputs = model.embed(padded, lengths), model(padded, lengths)
     [hook.remove() for hook in hooks]
+    return embedding, seen, outputs
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "tanh", "layer_norm": True, "size": 8}])
+@pytest.mark.parametrize("classifiers", [[["a", "b"]], [["a"], ["b", "c"]]])
+def test_heads_get_and_make_what_the_model_s_own_forward_does(encoder, waveforms, tmp_path, classifiers, options):
+    model = Classifier(encoder, classifiers, pooling="max", layer=2, head=options).eval()
+    embedding, inside, _ = run_model(model, waveforms)
+    close(matrix(embed(encoder, tmp_path / "pooled", Recipe([model.layer], [model.pooling]))), embedding)
+    dense = embed(encoder, tmp_path / "dense", Recipe([model.layer], [model.pooling], dense=[h.features for h in model.heads]))
+    names = ["embedding"] if len(classifiers) == 1 else ["embedding_0", "embedding_1"]
+    assert dense.schema.names[1:] == names
+    for name, expected in zip(names, inside, strict=True):
+        close(matrix(dense, name), expected)
+
+
+@pytest.mark.parametrize("options", [{"pooling": "attention", "layer": 2}, {"layer": "weighted"}])
+def test_a_model_that_has_learned_to_pool_does_it_by_itself(encoder, waveforms, tmp_path, options):
+    model = Classifier(encoder, [["a", "b"]], **options).eval()
+    embedding, (inside,), _ = run_model(model, waveforms)
+    recipe = Recipe(model.layers, [], embed=model.embed)
+    close(matrix(embed(encoder, tmp_path / "pooled", recipe, max_items=3)), embedding)
+    recipe.dense = [model.heads[0].features]
+    close(matrix(embed(encoder, tmp_path / "dense", recipe)), inside)
+
+
+@pytest.fixture
+def passes(encoder):
+    "The sizes of the batches that go through the encoder."
+    sizes = []
+    hook = encoder.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(inputs[0])))
+    yield sizes
+    hook.remove()
+
+
+def test_a_cached_extraction_is_that_without_a_cache(encoder, tmp_path, passes):
+    cache, classifier = VectorCache(tmp_path / "cache", 10**8), Classifier(encoder, [["a"]], layer=3).eval()
+    dense = Recipe([3], dense=[classifier.heads[0].features])
+    for k, recipe in enumerate((Recipe([0, 3], ["mean", "max"]), Recipe([3]), Recipe([3], chunk_s=20.0), dense)):
+        plain = embed(encoder, tmp_path / f"plain{k}", recipe)
+        for again in range(2):
+            passes.clear()
+            found = embed(encoder, tmp_path / f"{k}{again}", recipe, cache=cache)
+            assert sum(passes) == (0 if k or again else len(TABLE))  # the first has made what the others need
+            assert found.schema == plain.schema and found["uid"] == plain["uid"]
+            for name in recipe.columns:
+                close(matrix(found, name), matrix(plain, name), 1e-6)
+
+
+def test_an_extraction_with_a_cache_resumes(encoder, tmp_path, passes):
+    cache = VectorCache(tmp_path / "cache", 10**8)
+    expected = embed(encoder, tmp_path / "plain", Recipe([3]))
+    passes.clear()
+    for rows in (range(0, 10, 2), range(10)):  # the second finds half of it in the cache
+        some = WaveformDataset(TABLE.iloc[list(rows)], [], TRANSFORM)
+        extract(encoder, batches(some, max_items=4), work := tmp_path / f"work{len(rows)}", Recipe([3]), rows, 10, cache=cache)
+    merge_parts(work, tmp_path / "t.parquet", {})
+    found = pq.read_table(tmp_path / "t.parquet")
+    assert sum(passes) == 10 and found["uid"] == expected["uid"]
+    close(matrix(found), matrix(expected), 1e-6)
+
+
+@pytest.mark.parametrize("recipe", [Recipe([3], window_s=0.5), Recipe([3], []), Recipe([3], embed=lambda x, n: x[:, :2])])
+def test_windows_frames_and_learned_pooling_are_not_cached(encoder, tmp_path, recipe):
+    cache = VectorCache(tmp_path / "cache", 10**8)
+    embed(encoder, tmp_path, recipe, cache=cache)
+    assert not cache.file.path.exists()
+
+
+def test_nothing_that_is_not_finite_is_kept(tmp_path):
+    broken = Encoder.from_pretrained(samples.checkpoint(), device="cpu")
+    with torch.no_grad():
+        broken.get_parameter([n for n, _ in broken.named_parameters() if "final_layer_norm.bias" in n][-1])[0] = float("nan")
+    cache = VectorCache(tmp_path / "cache", 10**8)
+    for _ in range(2):
+        data = batches()
+        extract(broken, data, tmp_path / "work", Recipe([3]), cache=cache)
+        assert [failure.stage for failure in data.failures] == ["encode"] * 10
+    assert cache.file.attempt(lambda connection: connection.execute("SELECT count(*) FROM vectors").fetchone()) == (0,)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +365,7 @@ def test_only_the_bad_recording_of_a_batch_is_set_aside(encoder, tmp_path, monke
         def __getitem__(self, i):
             return super().__getitem__(i) | {"is_shortened": i == 2}
 
-    monkeypatch.setattr(module, "find_finite", lambda columns: ~(torch.arange(len(columns["embedding"])) == 4))
+    monkeypatch.setattr(module, "find_finite", lambda columns: ~(torch.arange(len([*columns][-1])) == 4))
     data = batches(One(1.0, 1.0, 1.0), max_items=3)
     extract(encoder, data, tmp_path, Recipe([3], window_s=0.25))  # four windows each
     assert [failure.uid for failure in data.failures] == ["001"]

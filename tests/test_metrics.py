@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from w2v2nb.metrics import auc_table, compute_placements, estimate_interval, macro_auc, number_groups, roc_auc
+from w2v2nb.metrics import auc_table, compare_grades, compute_placements, estimate_interval, macro_auc, number_groups, roc_auc
 
 NAN = float("nan")
 
@@ -145,6 +145,92 @@ def test_missing_groups_are_all_different():
 def test_wrong_arguments(target, score, match):
     with pytest.raises(ValueError, match=match):
         roc_auc(target, score)
+
+
+# grades
+
+
+def make_grades(n=30, seed=0):
+    "Grades, a few of them missing, and expected grades with ties."
+    rng = np.random.default_rng(seed)
+    grade = rng.integers(1, 6, n).astype(float)
+    score = np.round((grade + rng.normal(size=n)).clip(1, 5), 1)
+    grade[rng.random(n) < 0.2] = NAN
+    return grade, score
+
+
+def rank_correlation(x, y):
+    "Spearman's, by pairs: a rank is how many are below, ties counting half."
+    x, y = (((v[:, None] > v).sum(1) + 0.5 * (v[:, None] == v).sum(1)) for v in (x, y))
+    return np.mean((x - x.mean()) * (y - y.mean())) / (x.std() * y.std())
+
+
+def weighted_kappa(grade, nearest):
+    "Cohen (1968): 1 less the observed by the expected mean square of the difference, over all pairs of raters' marginals."
+    return 1 - np.mean((grade - nearest) ** 2) / np.mean((grade[:, None] - nearest) ** 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_grades_against_other_formulas(seed):
+    grade, score = make_grades(seed=seed)
+    found, rated = compare_grades(grade, score), ~np.isnan(grade)
+    grade, score = grade[rated], score[rated]
+    nearest = np.array([round(x) for x in score])
+    expected = np.mean(np.abs(grade - score)), rank_correlation(grade, score), weighted_kappa(grade, nearest)
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "grade, score, expected",
+    [
+        ([], [], (NAN, NAN, NAN)),
+        ([NAN, NAN], [1, 2], (NAN, NAN, NAN)),
+        ([1, 2], [1, NAN], (NAN, NAN, NAN)),
+        ([1, NAN], [1, np.inf], (0, NAN, NAN)),
+        ([1, 2, 3], [1, 2, 3], (0, 1, 1)),
+        ([1, 2, 3], [2, 2, 2], (2 / 3, NAN, 0)),
+        ([3, 3, 3], [2, 3, 4], (2 / 3, NAN, 0)),
+        ([2], [2.4], (0.4, NAN, NAN)),
+        ([1, 5], [0.2, 5.9], (0.85, 1, 1)),
+        ([1, 5], [5, 1], (4, -1, -1)),
+    ],
+)
+def test_grades_at_their_limits(grade, score, expected):
+    assert compare_grades(grade, score) == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_auc_of_grades_is_of_present_against_absent():
+    grade, score = make_grades(60)
+    present = np.where(np.isnan(grade), NAN, grade >= 2)
+    assert roc_auc(grade, score, is_graded=True) == roc_auc(present, score) and roc_auc(present, score).auc > 0.5
+
+
+@pytest.mark.parametrize("target", [[0, 1], [1, 6], [1, 2.5], [-1, 1]])
+def test_what_is_no_grade_is_refused(target):
+    with pytest.raises(ValueError, match=r"targets should be 1 to 5 \(grades\) or NaN; map"):
+        roc_auc(target, [1, 2], is_graded=True)
+
+
+def test_table_of_grades():
+    targets = np.array([[1, 1, 3, NAN], [2, 1, 4, NAN], [5, NAN, 5, NAN]])
+    scores = np.array([[1.2, 1.1, 3, 1], [2.2, 1.3, 4, 1], [4.2, 5, 5, 1]])
+    table = auc_table(targets, scores, list("abcd"), is_graded=True)
+    assert list(table.columns[:7]) == list(auc_table(np.zeros((1, 1)), np.zeros((1, 1)), ["a"]).columns)
+    assert list(table.columns[7:]) == ["MAE", "spearman", "kappa"]
+    assert table[["n_pos", "n_neg"]].to_numpy().tolist() == [[2, 1], [0, 2], [3, 0], [0, 0]]
+    assert table["reason"].tolist() == [
+        "",
+        "only one class: 0 rated 2 to 5 and 2 rated 1",
+        "only one class: 3 rated 2 to 5 and 0 rated 1",
+        "no recording is rated",
+    ]
+    assert table["MAE"].tolist() == pytest.approx([0.4, 0.2, 0, NAN], nan_ok=True)
+    assert table["spearman"].isna().tolist() == [False, True, False, True] and macro_auc(table) == 1
+    assert len(auc_table(np.zeros((3, 0)), np.zeros((3, 0)), [], is_graded=True).columns) == 10
+
+
+# tables
 
 
 def test_table():

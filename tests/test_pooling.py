@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from w2v2nb.encoder import POOLINGS
 from w2v2nb.pooling import cut_windows, pool_pieces, pool_windows
 
 SIZES = dict(min_frames=400, stride=320)
@@ -31,20 +32,29 @@ def test_no_window_is_one_with_all_frames():
     assert windows.tolist() == [[0, 16_000]] and frames.tolist() == [[0, 49]]
 
 
-@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+BY_HAND = {
+    "mean": lambda x: x.mean(0),
+    "sum": lambda x: x.sum(0),
+    "max": lambda x: x.amax(0),
+    "mean+std": lambda x: torch.cat([x.mean(0), x.std(0, unbiased=False).clamp(min=1e-6)]),
+}
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
 def test_pooling_many_windows_is_pooling_each(mode):
     hidden, (_, frames) = torch.randn(99, 4), cut_windows(32_000, 4000, 500, **SIZES)
-    each = [getattr(hidden[a:b], "amax" if mode == "max" else mode)(0) for a, b in frames]
+    each = [BY_HAND[mode](hidden[a:b]) for a, b in frames]
     for max_frames in (1, 100, 2**14):
         torch.testing.assert_close(pool_windows(hidden, frames, mode, max_frames), torch.stack(each))
 
 
 @pytest.mark.parametrize(("window", "hop"), [(None, None), (8000, 8000), (8000, 1000), (640, 3000), (320, 320)])
 @pytest.mark.parametrize("n_piece", [1, 7, 48, 49, 1000])
-def test_pieces_give_what_the_whole_gives(window, hop, n_piece):
+@pytest.mark.parametrize("poolings", [["max", "mean", "sum"], ["mean+std"]])
+def test_pieces_give_what_the_whole_gives(poolings, window, hop, n_piece):
     n_samples = 48_123
     _, frames = cut_windows(n_samples, window, hop, **SIZES)
-    hidden, poolings = torch.randn(2, int(frames.max()), 5), ["max", "mean", "sum"]
+    hidden = torch.randn(2, int(frames.max()), 5)
     pieces = [(i, list(hidden[:, i : i + n_piece])) for i in range(0, hidden.shape[1], n_piece)]
     ended = [torch.stack(some) for some in pool_pieces(pieces, frames, poolings)]
     expected = [pool_windows(h, frames, pooling) for h in hidden for pooling in poolings]

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
-from w2v2nb.report import best_epoch, envelope, find_labels, mel_levels, plot_history, plot_recording, plot_roc, to_mono
+from w2v2nb.report import best_epoch, best_row, envelope, find_labels, mel_levels, plot_history, plot_recording, plot_roc, to_mono
 
 
 def pixels(picture):
@@ -227,6 +227,27 @@ def test_best_epoch(columns, best):
     assert best_epoch(history(**columns)) == best
 
 
+@pytest.mark.parametrize(
+    "columns, best",
+    [
+        ({}, 2),
+        ({"metric": [np.nan] * 4}, 2),  # the loss is enough
+        ({"validation_loss": [np.nan] * 4}, None),
+        ({"validation_loss": [np.nan, 0.3, 0.2, 0.2]}, 3),  # of equal ones the first
+        ({"validation_loss": [np.inf, 0.3, np.inf, np.nan]}, 2),
+    ],
+)
+def test_best_epoch_by_loss(columns, best):
+    table = history(**columns)
+    assert best_epoch(table, monitor="loss") == best
+    marks = [line for line in plot_history(table, monitor="loss").axes[0].lines if line.get_label().startswith("best")]
+    assert [list(line.get_xdata()) for line in marks] == ([] if best is None else [[best, best]])
+
+
+def test_best_row_goes_by_place_not_by_index():
+    assert best_row(history().set_index(pd.Index([7, 7, 7, 7])))["epoch"] == 3
+
+
 def test_history_without_validation_has_one_panel(tmp_path):
     history(metric=[np.nan] * 4, validation_loss=[np.nan] * 4).to_csv(tmp_path / "history.csv", index=False)
     picture = plot_history(tmp_path / "history.csv")
@@ -327,6 +348,7 @@ def test_a_column_of_the_users_is_no_label():
         (lambda: plot_history(predictions(["a"])), ValueError, "has no column epoch, train_loss, .*; it has uid, "),
         (lambda: plot_history(history().drop(columns="metric")), ValueError, "has no column metric;"),
         (lambda: plot_history(history().head(0)), ValueError, "has no rows yet"),
+        (lambda: plot_history(history(), monitor="metric"), ValueError, "monitor is 'metric'; it should be auc or loss"),
         (lambda: plot_history("no/such_history.csv"), FileNotFoundError, "no/such_history.csv does not exist"),
         (lambda: plot_history("s3://bucket/history.csv"), ValueError, "gs://"),
         (lambda: plot_roc(history()), ValueError, "no label has both a _target and a _score column"),

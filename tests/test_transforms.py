@@ -446,6 +446,8 @@ def test_a_real_allocation_failure_names_its_stage():
 def test_standard_order():
     steps = pipeline("x", trim=True, padding="clip").transforms
     assert [type(s).__name__ for s in steps] == ["Load", "Mono", "Resample", "Trim", "Truncate", "PadClip", "Check"]
+    augment = Normalize()  # any transform
+    assert pipeline("x", trim=True, padding="clip", augment=augment).transforms == (*steps[:5], augment, *steps[5:])
     steps = pipeline("x", clip_length=0, reduce=False).transforms
     assert [type(s).__name__ for s in steps] == ["Load", "Resample", "Check"]
     for wrong in ({"padding": "clip", "clip_length": 0}, {"padding": "zeros"}):

@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'PREPARED', 'pick_device', 'find_bf16', 'choose_precisi
            'Backbone', 'center', 'prepare', 'encode', 'stream_frames']
 
 # %% ../nbs/05g_backbone.ipynb #344d8c73
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .chance import Chance
 from .frontend import count_frames, first_weights, frame_geometry, prepare_front_end, refuse_short, run_front_end
-from .transformer import Layout, Pass, prepare_transformer, run_transformer
+from .transformer import Layout, Pass, does_train, prepare_transformer, run_transformer
 from .transforms import normalize
 
 # %% ../nbs/05g_backbone.ipynb #934ade4f
@@ -111,6 +112,7 @@ class Backbone(nn.Module):
         self.sample_rate, self.do_normalize = preprocessor["sampling_rate"], preprocessor["do_normalize"]
         self.n_layers, self.hidden_size = config["num_hidden_layers"], config["hidden_size"]
         self.min_frames, self.stride = frame_geometry(config)
+        self.mask_features: Callable | None = None  # SpecAugment in training: (frames, hidden), generator -> (frames, hidden)
         self.eval()
 
     @property
@@ -125,17 +127,18 @@ class Backbone(nn.Module):
 
     def frame_times(self, n_frames: int, first: int = 0) -> torch.Tensor:
         "Centers of frames `first` to `first + n_frames` in seconds, (n_frames,) float64."
-        samples = torch.arange(first, first + n_frames, dtype=torch.float64) * self.stride
-        return (samples + self.min_frames / 2) / self.sample_rate
+        return (torch.arange(first, first + n_frames, dtype=torch.float64) * self.stride + self.min_frames / 2) / self.sample_rate
 
-    def forward(self, waveform: torch.Tensor, lengths: torch.Tensor, layers: Sequence[int] = (-1,)) -> tuple:
+    def forward(
+        self, waveform: torch.Tensor, lengths: torch.Tensor, layers: Sequence[int] = (-1,), chance: Chance | None = None
+    ) -> tuple:
         "(batch, samples), (batch,) -> list of hidden states (batch, frames, hidden) by layer, and n_frames (batch,)."
         lengths = lengths.tolist()
         refuse_short(lengths, self.min_frames)
         waveforms = [x[:n] for x, n in zip(waveform.to(self.device, torch.float32), lengths, strict=True)]
-        states, n_frames = encode(self, [center(self, x) for x in waveforms], [self.resolve_layer(layer) for layer in layers])
-        padded = [pad_sequence(x.split(n_frames), batch_first=True) for x in states]
-        return padded, torch.tensor(n_frames, device=self.device)
+        waveforms, layers = [center(self, x) for x in waveforms], [self.resolve_layer(layer) for layer in layers]
+        states, n_frames = encode(self, waveforms, layers, chance=chance)
+        return [pad_sequence(x.split(n_frames), batch_first=True) for x in states], torch.tensor(n_frames, device=self.device)
 
     @torch.inference_mode()
     def stream(self, waveform: torch.Tensor, layers: Sequence[int] = (-1,), chunk_s: float = 30.0, context_s: float = 5.0):
@@ -179,6 +182,7 @@ def encode(
     waveforms: list[torch.Tensor],  # each (samples,), from `center`
     layers: list[int],  # resolved
     first: tuple | None = None,  # from `first_weights`, for a part of a recording
+    chance: Chance | None = None,  # of the recordings, in training
 ) -> tuple[list[torch.Tensor], list[int]]:
     "Hidden states by layer, each (frames of all recordings, hidden) float32, and the recordings' numbers of frames."
     front, blocks = prepare(backbone)
@@ -186,10 +190,15 @@ def encode(
     n_frames = [count_frames(len(x), backbone.min_frames, backbone.stride) for x in waveforms]
     is_cpu = device.type == "cpu"
     layout = Layout(n_frames, device, is_padded=not is_cpu)
-    how = Pass(backbone.config, layout, dtype, attention_dtype(dtype, device), backbone.training)
+    how = Pass(backbone.config, layout, dtype, attention_dtype(dtype, device), backbone.training, chance)
     with full_convolutions():
-        strips = run_front_end(front, backbone.config, waveforms, dtype, 200 if is_cpu else 16_500, not is_cpu, first)
-        features = torch.cat([*strips])
+        trains = does_train(backbone.model["feature_extractor"], backbone.model["feature_projection"])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            strips = run_front_end(front, backbone.config, waveforms, dtype, 200 if is_cpu else 16_500, not is_cpu, first)
+            features = torch.cat([*strips])
+        if chance and backbone.mask_features:
+            parts = zip(features.split(n_frames), chance.numbers(), strict=True)
+            features = torch.cat([backbone.mask_features(*part) for part in parts])
         return run_transformer(blocks, features, how, layers), n_frames
 
 # %% ../nbs/05g_backbone.ipynb #2ff0136e

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TOO_LONG', 'Result', 'Failure', 'Batch', 'collate', 'Reader', 'check_sample', 'set_aside', 'check_limits', 'Notes',
-           'collate_noted', 'make_batches', 'Batches', 'padded_seconds', 'take', 'with_backoff']
+           'collate_noted', 'read_steps', 'make_batches', 'Batches', 'padded_seconds', 'take', 'with_backoff']
 
 # %% ../nbs/05_batch.ipynb #1a373180
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from threading import Event
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .transforms import RecordingError
-from .windows import Item, cut_stream, window_limits
+from .windows import Item, cut_stream, steps, window_limits
 from .workers import Background, Source
 
 # %% ../nbs/05_batch.ipynb #bdb16cac
@@ -73,11 +73,13 @@ class Batch:
 
 # %% ../nbs/05_batch.ipynb #f8188f8b
 def collate(
-    items: list[Item],  # at least one
+    items: list[Item],  # may be none: a process's share of a small step
     sample_rate: int = 16000,  # Hz
     pin_memory: bool = False,  # for a GPU; without one it has no effect
 ) -> Batch:
     "Pad recordings with zeros to the longest of them."
+    if not items:
+        return Batch([], [], torch.zeros(0, 0), torch.zeros(0, dtype=torch.long), torch.zeros(0, 0), sample_rate)
     is_pinned = pin_memory and torch.cuda.is_available()
     lengths = torch.tensor([len(item.waveform) for item in items], pin_memory=is_pinned)
     waveform = torch.zeros(len(items), int(lengths.max()), pin_memory=is_pinned)  # (batch, samples)
@@ -104,11 +106,12 @@ class Reader:
 
     def __getitem__(
         self,
-        i: int,  # index in the dataset
+        key: int | tuple[int, int],  # index in the dataset; in training with the epoch
     ) -> Item | Failure:
-        "Recording `i`. Raises `RuntimeError` that names it for anything but a bad recording."
+        "A recording. Raises `RuntimeError` that names it for anything but a bad recording."
+        i, _ = key if isinstance(key, tuple) else (key, None)
         try:
-            sample = self.dataset[i]
+            sample = self.dataset[key if getattr(self.dataset, "takes_epoch", False) else i]
             check_sample(sample, self.sample_rate)
         except RecordingError as e:
             return Failure(i, e.uid, e.path, e.stage, str(e.error))
@@ -148,12 +151,15 @@ def set_aside(
 def check_limits(
     max_items: int | None,  # recordings in a batch
     max_padded_s: float | None,  # seconds in a batch with the padding
+    shuffle: bool = False,  # for training
 ) -> None:
-    "Raise `ValueError` unless there is a limit and each is above 0."
+    "Raise `ValueError` unless there is a limit and each is above 0; for training that of recordings."
     given = dict(max_items=max_items, max_padded_s=max_padded_s)
     limits = {name: value for name, value in given.items() if value is not None}
     if not limits:
         raise ValueError("a batch needs a limit: give max_items (recordings), max_padded_s (seconds) or both")
+    if shuffle and not max_items:
+        raise ValueError("shuffled batches are steps of training and need max_items, such as 8: give it")
     for name, value in limits.items():
         if not value > 0:
             raise ValueError(f"{name} is {value}, it should be above 0: give another")
@@ -169,7 +175,7 @@ class Notes:
 
 
 def collate_noted(
-    groups: Iterable[list[Item]],  # from `cut_stream`
+    groups: Iterable[list[Item]],  # recordings of each batch
     notes: Notes,  # grows
     sample_rate: int = 16000,  # Hz
     pin_memory: bool = False,  # see `collate`
@@ -180,6 +186,24 @@ def collate_noted(
         notes.metadata_problems += [item.metadata_problem for item in group if item.metadata_problem]
         yield collate(group, sample_rate, pin_memory)
 
+# %% ../nbs/05_batch.ipynb #d61dc32e
+def read_steps(
+    batches: "Batches",  # shuffled, whose pass it is
+    epoch: int,  # decides on the order
+    stop: Event,  # set when nobody wants the rest
+) -> Iterator[list[Item]]:
+    "This process's recordings of each step; of several processes each takes part in every step, if with none."
+    rng, is_shared = np.random.default_rng([batches.seed, epoch]), batches.share[1] > 1
+    shares = steps(batches.n_recordings, batches.limits["max_items"], rng, *batches.share)
+    items = batches.source.read([(i, epoch) for share in shares for i in share])
+    for share in shares:
+        group = list(set_aside(islice(items, len(share)), batches.notes.failures))
+        if stop.is_set():
+            return
+        if group or is_shared:
+            yield group
+    next(items, None)  # tells the workers that the pass is over
+
 
 def make_batches(
     batches: "Batches",  # whose pass it is
@@ -187,12 +211,15 @@ def make_batches(
     stop: Event,  # set when nobody wants the rest
 ) -> Iterator[Batch]:
     "The batches of one pass."
-    n, source, notes = batches.n_recordings, batches.source, batches.notes
-    rng = np.random.default_rng([batches.seed, epoch]) if batches.shuffle else None
-    window = window_limits(n, batches.limits["max_padded"], batches.shuffle, batches.window)
-    limits = dict(batches.limits, rng=rng, n_samples=batches.window_s * batches.sample_rate, **window)
-    items = takewhile(lambda _: not stop.is_set(), source.read(rng.permutation(n).tolist() if rng else range(n)))
-    return collate_noted(cut_stream(set_aside(items, notes.failures), **limits), notes, batches.sample_rate, batches.pin_memory)
+    notes = batches.notes
+    if batches.shuffle:
+        groups = read_steps(batches, epoch, stop)
+    else:
+        limits = dict(batches.limits, n_samples=batches.window_s * batches.sample_rate)
+        rank, n_ranks = batches.share
+        items = takewhile(lambda _: not stop.is_set(), batches.source.read(range(rank, batches.n_recordings, n_ranks)))
+        groups = cut_stream(set_aside(items, notes.failures), **limits, **window_limits(limits["max_padded"], batches.window))
+    return collate_noted(groups, notes, batches.sample_rate, batches.pin_memory)
 
 # %% ../nbs/05_batch.ipynb #d11ec8f6
 class Batches:
@@ -213,12 +240,14 @@ class Batches:
         shuffle: bool = False,  # another order for each epoch
         seed: int = 0,  # of the shuffling
         pin_memory: bool = False,  # see `collate`
+        rank: int = 0,  # number of this process among those that share the recordings
+        n_ranks: int = 1,  # how many they are
     ):
-        check_limits(max_items, max_padded_s)
+        check_limits(max_items, max_padded_s, shuffle)
         self.n_recordings, self.sample_rate, self.pin_memory = len(dataset), sample_rate, pin_memory
         self.source = Source(Reader(dataset, sample_rate), num_workers)
         self.limits = dict(max_items=max_items, max_padded=max_padded_s and max_padded_s * sample_rate)
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.shuffle, self.seed, self.epoch, self.share = shuffle, seed, 0, (rank, n_ranks)
         self.notes, self.background, self.begun = Notes(), Background(), None
 
     def set_epoch(self, epoch: int) -> None:

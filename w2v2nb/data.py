@@ -24,6 +24,7 @@ _all_ = ["read_annotations", "read_labels", "separate_heads"]  # so that data ha
 SCALES = {
     None: {0: 0.0, 1: 1.0},
     "clinical": {-1: np.nan, 1: 0.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0, 6: np.nan},
+    "grades": {-1: np.nan, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0, 6: np.nan},
 }  # rating: target
 
 # %% ../nbs/04_data.ipynb #9efda9c4
@@ -48,7 +49,7 @@ def check_labels(
 def read_ratings(
     annotations: pd.DataFrame,  # annotation table
     label: str,  # one of its columns
-    scale: str | None = None,  # None: 0, 1 or empty; "clinical": -1, 1 to 6 or empty
+    scale: str | None = None,  # None: 0, 1 or empty; "clinical" and "grades": -1, 1 to 6 or empty
 ) -> np.ndarray:
     "One label's ratings, (rows,) float64, empty cells as NaN. Raises `ValueError` for values not on the scale."
     if scale not in SCALES:
@@ -70,19 +71,17 @@ def read_ratings(
 def read_targets(
     annotations: pd.DataFrame,  # annotation table
     labels: Sequence[str],  # columns to read; may be empty
-    scale: str | None = None,  # None: 0, 1 or empty; "clinical": -1, 1 to 6 or empty
+    scale: str | None = None,  # None: 0, 1 or empty; "clinical" and "grades": -1, 1 to 6 or empty
 ) -> np.ndarray:
     """Targets, (rows, labels) float32: 1 present, 0 absent, NaN not rated; a row per row of the table.
 
-    On the clinical scale 1 is absent, 2 to 5 are present, -1 and 6 are not rated. Raises `ValueError` for labels that
-    the table lacks and for values that are not on the scale.
+    On the clinical scale 1 is absent, 2 to 5 are present, -1 and 6 are not rated; as grades 1 to 5 stay. Raises
+    `ValueError` for labels that the table lacks and for values that are not on the scale.
     """
     check_labels(annotations, labels)
     targets = np.full((len(annotations), len(labels)), np.nan, dtype=np.float32)
     for k, label in enumerate(labels):
-        ratings = read_ratings(annotations, label, scale)
-        for rating, target in SCALES[scale].items():
-            targets[ratings == rating, k] = target
+        targets[:, k] = pd.Series(read_ratings(annotations, label, scale)).map(SCALES[scale])
     return targets
 
 # %% ../nbs/04_data.ipynb #deff170c
@@ -121,21 +120,22 @@ def read_features(
             features = read_metadata(uid, prefix, study).get("features", [])
             rows.append({"uid": uid, **{feature["name"]: feature["score"] for feature in features}})
         except (TypeError, KeyError):
-            raise ValueError(
-                f'{uid}: features in metadata.json should look like [{{"name": "strained", "score": 1}}]: correct them'
-            ) from None
+            form = '[{"name": "strained", "score": 1}]'
+            raise ValueError(f"{uid}: features in metadata.json should look like {form}: correct them") from None
     return pd.DataFrame(rows)
 
 # %% ../nbs/04_data.ipynb #fd403104
 class WaveformDataset:
     "Recordings and their targets, one by one: a map-style dataset that torch's `DataLoader` takes, and picklable."
 
+    takes_epoch = True  # may be indexed by (row, epoch)
+
     def __init__(
         self,
         annotations: pd.DataFrame,  # annotation table: uid, the labels, optionally path
         target_labels: Sequence[str],  # columns to learn or evaluate; empty for extraction
         transform: Callable[[dict], dict],  # takes a sample to its waveform, e.g. `transforms.pipeline`
-        scale: str | None = None,  # None: ratings are 0 and 1; "clinical": -1, 1 to 6
+        scale: str | None = None,  # None: ratings are 0 and 1; "clinical" and "grades": -1, 1 to 6
     ):
         self.uids = [str(uid) for uid in annotations["uid"]]
         paths = annotations["path"] if "path" in annotations else [None] * len(annotations)
@@ -149,10 +149,12 @@ class WaveformDataset:
 
     def __getitem__(
         self,
-        i: int,  # row of the table
+        key: int | tuple[int, int],  # row of the table; in training with the epoch, for augmentation
     ) -> dict:
-        "The sample of row `i`: uid, path (or None), targets (labels,) float32, and what the transform adds."
-        return self.transform(dict(uid=self.uids[i], path=self.paths[i], targets=self.targets[i].copy()))
+        "The sample of a row: uid, path (or None), targets (labels,) float32, the epoch if given, and what the transform adds."
+        i, epoch = key if isinstance(key, tuple) else (key, None)
+        sample = dict(uid=self.uids[i], path=self.paths[i], targets=self.targets[i].copy())
+        return self.transform(sample if epoch is None else sample | {"epoch": epoch})
 
 # %% ../nbs/04_data.ipynb #725ebfef
 def read_groups(
@@ -183,8 +185,9 @@ def count_strata(
     targets: np.ndarray,  # (rows, labels), NaN: not rated
     groups: np.ndarray,  # (rows,) group numbers from 0
 ) -> np.ndarray:
-    "Each group's share of all rows, and of each label's present and absent ratings: (groups, 1 + 2 * labels)."
-    columns = np.hstack([np.ones((len(targets), 1)), targets == 1, targets == 0])
+    "Each group's share of all rows, and of each label's ratings of each value there is: (groups, 1 + values * labels)."
+    values = np.unique(targets[~np.isnan(targets)])[::-1]
+    columns = np.hstack([np.ones((len(targets), 1)), *(targets == value for value in values)])
     counts = np.zeros((groups.max() + 1, columns.shape[1]))
     np.add.at(counts, groups, columns)
     return counts / np.maximum(counts.sum(axis=0), 1)
@@ -259,8 +262,7 @@ def check_disjoint(
             raise ValueError(f"{' and '.join(names)} do not both have a column {column!r}; add it or change --group")
         sides = [table[table[column].notna() & table[column].isin(other[column].dropna())]
                  for table, other in [(train, test), (test, train)]]
-        n_shared = sides[0][column].nunique()
-        if n_shared:
+        if n_shared := sides[0][column].nunique():
             uids = "; ".join(f"{name}: {name_some(list(s['uid']))}" for name, s in zip(names, sides, strict=True))
             raise ValueError(
                 f"{' and '.join(names)} share {n_shared} {column}{'s' * (n_shared > 1)} (uids in {uids}); a model should be "
@@ -281,10 +283,9 @@ def read_split(
     found = {part: [file for file in files if file in there] for part, files in PARTS.items()}
     missing = [files[0] for part, files in PARTS.items() if part != "val" and not found[part]]
     if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {' and '.join(missing)}; it holds: {name_some(there, 10) or 'nothing, or is not there'}. "
-            "A split's folder needs train.csv and test.csv: name the folder that has them"
-        )
+        held = name_some(there, 10) or "nothing, or is not there"
+        remedy = "A split's folder needs train.csv and test.csv: name the folder that has them"
+        raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}; it holds: {held}. {remedy}")
     if len(found["val"]) > 1:
         raise ValueError(f"{folder} holds both {' and '.join(found['val'])}; there is one validation table: delete one")
     files = {part: join(folder, files[0]) for part, files in found.items() if files}

@@ -13,7 +13,7 @@ import torch
 from .batch import Batches
 from .metrics import auc_table
 from .model import Classifier
-from .train import predict
+from .predict import predict
 
 # %% ../nbs/11_evaluate.ipynb #3b3cc050
 def predictions_table(
@@ -35,13 +35,14 @@ def predictions_table(
 def metrics_table(
     predictions: pd.DataFrame,  # from `predictions_table`
     labels: list[str],  # labels to measure
+    is_graded: bool = False,  # whether targets are grades
 ) -> pd.DataFrame:
     "Table with `Label`, `AUC`, `n_pos`, `n_neg` and more, one row per label; see `metrics.auc_table`."
     targets = predictions[[f"{label}_target" for label in labels]].to_numpy(dtype=float)
     scores = predictions[[f"{label}_score" for label in labels]].to_numpy(dtype=float)
-    return auc_table(targets, scores, labels, groups=predictions.get("subject"))
+    return auc_table(targets, scores, labels, predictions.get("subject"), is_graded)
 
-# %% ../nbs/11_evaluate.ipynb #0a557a1f
+# %% ../nbs/11_evaluate.ipynb #79e3c8b5
 def evaluate(
     model: Classifier,  # on the device to compute on
     batches: Batches,  # over the rows of `annotations`, in any order
@@ -51,4 +52,4 @@ def evaluate(
     outputs, targets = predict(model, batches, "evaluate")
     scores = model.scores(torch.from_numpy(outputs)).numpy()
     predictions = predictions_table(annotations, model.labels, targets, scores)
-    return predictions, metrics_table(predictions, model.labels)
+    return predictions, metrics_table(predictions, model.labels, is_graded=model.loss == "CORN")

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% ../nbs/13b_folder.ipynb #51f30c9b
-TABLES = ("history.csv", "predictions.csv", "metrics.csv", "failures.csv")
-OUTPUTS = ("embeddings.parquet", "frames", "model", *TABLES, "split", "work")
+TABLES = ("history.csv", "search.csv", "folds.csv", "predictions.csv", "metrics.csv", "failures.csv")
+OUTPUTS = ("embeddings.parquet", "frames", "model", *TABLES, "split", "tensorboard", "work")
 
 
 def read_record(
@@ -85,7 +85,7 @@ def run_name(
     return config.dataset or Path(config.data_split_root).resolve().name.removesuffix(".csv")
 
 # %% ../nbs/13b_folder.ipynb #991d5686
-FREE = {"resume", "overwrite", "num_workers", "device", "exp_dir"}
+FREE = {"resume", "overwrite", "num_workers", "device", "exp_dir", "cache", "cache_dir", "cache_gb", "accumulate", "log"}
 
 
 def check_place(

@@ -7,6 +7,7 @@ __all__ = ['Lines', 'is_watched', 'Progress', 'progress']
 
 # %% ../nbs/05a_progress.ipynb #ffcc3a88
 import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,8 @@ def progress(
     "Context manager: a progress bar on the error stream; where nobody watches, a line every ten seconds and one at the end."
     bar = dict(total=n_recordings, desc=description, unit="rec", ascii=True)
     place = dict(mininterval=0.5) if is_watched() else dict(file=Lines(sys.stderr), mininterval=10.0, delay=10.0)
+    if int(os.environ.get("RANK", 0)):  # of several processes that torchrun started, the first shows its own
+        place = dict(file=io.StringIO())
     with tqdm(**bar, **place) as shown:
         try:
             yield Progress(shown)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['palette', 'line_styles', 'Picture', 'to_mono', 'envelope', 'mel_levels', 'draw_levels', 'plot_recording',
-           'read_table', 'best_epoch', 'plot_history', 'find_labels', 'draw_roc', 'plot_roc']
+           'read_table', 'best_row', 'best_epoch', 'plot_history', 'find_labels', 'draw_roc', 'plot_roc']
 
 # %% ../nbs/12_report.ipynb #8f2668c2
 import os
@@ -139,22 +139,35 @@ def read_table(
     return table
 
 # %% ../nbs/12_report.ipynb #e74293b7
+def best_row(
+    table: pd.DataFrame,  # a row per epoch or trial, with the column that is watched; NaN where there is no value
+    monitor: str = "auc",  # what is watched: auc (the highest wins) or loss (the lowest validation_loss wins)
+) -> pd.Series | None:
+    "The first row with the best value; None where no row has one. Raises `ValueError` for another monitor."
+    if monitor not in ("auc", "loss"):
+        raise ValueError(f"monitor is {monitor!r}; it should be auc or loss; give the --monitor of the run")
+    values = table["metric" if monitor == "auc" else "validation_loss"].astype(float).reset_index(drop=True).dropna()
+    return None if values.empty else table.iloc[values.idxmax() if monitor == "auc" else values.idxmin()]
+
+
 def best_epoch(
-    history: pd.DataFrame,  # columns epoch, metric; NaN where there is none
+    history: pd.DataFrame,  # columns epoch, metric and validation_loss; NaN where there is none
+    monitor: str = "auc",  # auc or loss, as in `best_row`
 ) -> int | None:
-    "The first epoch with the highest metric; None without any."
-    has_metric = history[history["metric"].notna()]
-    return None if has_metric.empty else int(has_metric.loc[has_metric["metric"].astype(float).idxmax(), "epoch"])
+    "The first epoch with the best value; None without any."
+    best = best_row(history, monitor)
+    return None if best is None else int(best["epoch"])
 
 # %% ../nbs/12_report.ipynb #08557895
 def plot_history(
     history: pd.DataFrame | str | os.PathLike,  # NAME_history.csv, as a path or a table
+    monitor: str = "auc",  # what the run watched for its best epoch: auc or loss
 ) -> Picture:
     "Losses over epochs, the validation metric beside them where there is one, and the best epoch marked in both."
     table = read_table(history, ["epoch", "train_loss", "validation_loss", "metric"])
     panels = [("loss", ["train_loss", "validation_loss"]), ("validation metric (AUC)", ["metric"])]
     panels = [(y, drawn) for y, names in panels if (drawn := [c for c in names if table[c].notna().any()])]
-    best = best_epoch(table)
+    best = best_epoch(table, monitor)
     picture = Picture(figsize=(8, 3.2) if len(panels) == 2 else (5, 3.2), layout="constrained")
     for axes, (ylabel, names) in zip(picture.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
         for name, color in zip(names, palette, strict=False):

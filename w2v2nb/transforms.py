@@ -299,6 +299,7 @@ def pipeline(
     trim: bool = False,  # trim silence at both ends
     padding: str = "batch",  # batch: none here; clip: with the mean to clip_length, as the original
     min_frames: int = 400,  # shorter recordings are set aside
+    augment: Callable[[dict], dict] | None = None,  # a transform that changes samples with an epoch, such as `augment.Augment`
 ) -> Compose:
     "The standard transforms from uid to waveform. Raises `ValueError` for a padding that cannot be."
     if padding not in ("batch", "clip") or padding == "clip" and not clip_length:
@@ -312,6 +313,7 @@ def pipeline(
         Resample(resample_rate),
         trim and Trim(),
         clip_length and Truncate(clip_length),
+        augment,
         padding == "clip" and PadClip(clip_length),
         Check(min_frames),
     ]
