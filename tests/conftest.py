@@ -1,13 +1,18 @@
 """Tiny random checkpoints of the five families, made once per session, and small helpers; no test needs the hub."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 
 import pytest
 
 from w2v2nb.reference import CLASSES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="w2v2nb-cache-")  # no test reads or writes the person's own
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 SMALL = {
     "hidden_size": 16,

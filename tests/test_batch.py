@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from w2v2nb.batch import Batches, Failure, Reader, collate, padded_seconds, take, with_backoff
+from w2v2nb.batch import Batches, Failure, Reader, collate
+from w2v2nb.memory import padded_seconds, take, with_backoff
 from w2v2nb.transforms import RecordingError
 from w2v2nb.windows import Item, cut, cut_stream, steps
 from w2v2nb.workers import WorkerError
@@ -147,11 +148,14 @@ def test_processes_divide_each_step_and_keep_pairs_together(n, n_items, n_ranks)
     shares = [steps(n, n_items, np.random.default_rng(0), rank, n_ranks) for rank in range(n_ranks)]
     assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
     assert sorted(sum(whole, [])) == list(range(n)) and {len(step) for step in whole[:-1]} <= {n_items}
-    for rank, share in ((rank, share) for rank in range(n_ranks) for share in zip(whole, shares[rank], strict=True)):
-        step, mine = share
-        assert len(mine) % 2 == 0 or mine[-1] == step[-1], f"process {rank} parts a pair"
-    read = [orders(Batches(Fake(LENGTHS[:n]), max_items=n_items, shuffle=True, rank=rank, n_ranks=n_ranks)) for rank in range(n_ranks)]
-    assert [sum(parts, []) for parts in zip(*read, strict=True)] == orders(Batches(Fake(LENGTHS[:n]), max_items=n_items, shuffle=True))
+    for share in shares:
+        assert all(len(mine) % 2 == 0 or mine[-1] == step[-1] for step, mine in zip(whole, share, strict=True)), "parted"
+
+    def read(rank, n_ranks):
+        return orders(Batches(Fake(LENGTHS[:n]), max_items=n_items, shuffle=True, rank=rank, n_ranks=n_ranks))
+
+    parts = [read(rank, n_ranks) for rank in range(n_ranks)]
+    assert [sum(some, []) for some in zip(*parts, strict=True)] == read(0, 1)
 
 
 def test_a_dataset_may_know_the_epoch():

@@ -392,3 +392,10 @@ def test_a_picture_shows_once_in_a_notebook():
     NotebookClient(nb, timeout=120, kernel_name="python3").execute()
     for cell in nb.cells:
         assert ["image/png" in o.get("data", {}) for o in cell.outputs if o.output_type != "stream"] == [True]
+
+
+def test_the_curve_of_grades_is_that_of_present_against_absent():
+    graded = pd.DataFrame({"a_target": [1, 1, 3, 5, nan], "a_score": [1.2, 2.0, 1.9, 4.0, 3.0], "b_target": 1, "b_score": 2.0})
+    present = graded.assign(a_target=[0, 0, 1, 1, nan], b_target=0)
+    drawn = [[line.get_xydata().tolist() for line in plot_roc(table).axes[0].lines] for table in (graded, present)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) > 1

@@ -10,6 +10,7 @@ import papermill
 import pytest
 
 from w2v2nb import samples
+from w2v2nb.config import Config
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "nbs" / "runs"
@@ -38,6 +39,12 @@ def mimes(notebook):
     return {mime for cell in notebook["cells"] for output in cell.get("outputs", []) for mime in output.get("data", {})}
 
 
+def pictures(notebook):
+    "How many pictures each cell that shows some shows."
+    counts = [sum("image/png" in output.get("data", {}) for output in cell.get("outputs", [])) for cell in notebook["cells"]]
+    return [count for count in counts if count]
+
+
 def text(notebook):
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
     return "\n".join("".join(o.get("text", [])) + "".join(o.get("data", {}).get("text/plain", [])) for o in outputs)
@@ -52,7 +59,12 @@ def test_the_parameters_cell_is_the_configuration_s(stem, mode):
 
 @pytest.mark.parametrize("stem", [*parameters.RUNS, "quickstart"])
 def test_papermill_s_help_knows_every_parameter_with_its_type_and_help(stem):
-    for name, about in papermill.inspect_notebook(str(RUNS / f"{stem}.ipynb")).items():
+    known = papermill.inspect_notebook(str(RUNS / f"{stem}.ipynb"))
+    if stem in parameters.RUNS:
+        mode = parameters.RUNS[stem]
+        fields = {name for name, field in Config.model_fields.items() if mode in field.json_schema_extra["modes"]}
+        assert {*known} == fields - parameters.NOT_HERE
+    for name, about in known.items():
         assert about["inferred_type_name"] in ("str", "int", "float", "bool"), name
         assert about["help"], name
 
@@ -62,6 +74,8 @@ def test_finetune_then_evaluate_then_extract(split, tmp_path):
     tuned = run("finetune", tmp_path, **given, label_txt=str(split / "labels.txt"), checkpoint=samples.checkpoint(),
                 exp_dir="tuned", dataset="few", epochs="2", learning_rate="3e-3", freeze="true")  # fmt: skip
     assert {"image/png", "text/html"} <= mimes(tuned) and "audio" in json.dumps(tuned)
+    assert pictures(tuned) == [1, 1, 1]  # a recording, the live curves, the test
+    assert "lora_rank" in text(tuned)  # pandas would leave out the middle of so long a table
     about = json.loads((tmp_path / "tuned" / "run.json").read_text())
     assert about["state"] == "finished" and about["parameters"]["learning_rate"] == 0.003 and about["counts"]["rows"] == 12
 
@@ -73,6 +87,27 @@ def test_finetune_then_evaluate_then_extract(split, tmp_path):
     extracted = run("extract", tmp_path, **given, mdl_path="tuned/few_model", exp_dir="embeddings", layer="0,-1")
     table = pd.read_parquet(tmp_path / "embeddings" / "test_embeddings.parquet")
     assert len(table) == 12 and list(table) == ["uid", "embedding_0", "embedding_3"] and "(12, 80)" in text(extracted)
+
+
+@pytest.mark.parametrize(
+    ("values", "files", "shown"),
+    [
+        (dict(layer="all"), {"search", "history", "model"}, [1, 2, 1]),  # a recording; layers and the best one's curves; the test
+        (dict(search="dropout=0,0.5", val_share=4), {"search", "history", "model"}, [1, 2, 1]),
+        (dict(layer="weighted", augment="noise,specaugment"), {"history", "model"}, [1, 1, 1, 1, 1]),  # effects, live, weights
+        (dict(folds=2, repeats=2), {"folds"}, [1, 1]),
+    ],
+    ids=["sweep", "search", "weighted and augmented", "folds"],
+)
+def test_finetune_tells_the_story_of_a_study(split, tmp_path, values, files, shown):
+    given = dict(prefix=samples.prefix(), data_split_root=str(split), label_txt=str(split / "labels.txt"), device="cpu")
+    given |= dict(checkpoint=samples.checkpoint(), exp_dir="study", dataset="few", epochs=1, val_share=0.25, loss="BCE")
+    notebook = run("finetune", tmp_path, **given | values)
+    assert pictures(notebook) == shown
+    written = {path.stem.removeprefix("few_") for path in (tmp_path / "study").iterdir()}
+    assert files <= written and not ({"search", "history", "model", "folds"} - files) & written
+    if "folds" in values:
+        assert "fold 2" in text(notebook) and "AUC_sd" in text(notebook)
 
 
 def test_quickstart_needs_no_parameters(tmp_path):

@@ -135,9 +135,8 @@ class Backbone(nn.Module):
         "(batch, samples), (batch,) -> list of hidden states (batch, frames, hidden) by layer, and n_frames (batch,)."
         lengths = lengths.tolist()
         refuse_short(lengths, self.min_frames)
-        waveforms = [x[:n] for x, n in zip(waveform.to(self.device, torch.float32), lengths, strict=True)]
-        waveforms, layers = [center(self, x) for x in waveforms], [self.resolve_layer(layer) for layer in layers]
-        states, n_frames = encode(self, waveforms, layers, chance=chance)
+        waveforms = [center(self, x[:n]) for x, n in zip(waveform.to(self.device, torch.float32), lengths, strict=True)]
+        states, n_frames = encode(self, waveforms, [self.resolve_layer(layer) for layer in layers], chance=chance)
         return [pad_sequence(x.split(n_frames), batch_first=True) for x in states], torch.tensor(n_frames, device=self.device)
 
     @torch.inference_mode()

@@ -233,7 +233,7 @@ def draw_trials(
             axes.minorticks_off()
         elif numbers.size > 4:
             axes.locator_params(axis="x", nbins=4, integer=bool((numbers % 1 == 0).all()))
-        if numbers.size <= 4:
+        if numbers.size <= 4 and all(float(f"{number:.2g}") == number for number in numbers):  # values that somebody chose
             axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
     axes.plot(places, heights, "o", color=palette[0], alpha=0.6, markersize=5, label="a trial")
     axes.margins(0.1)

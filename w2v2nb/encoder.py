@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .architecture import build, complete
 from .backbone import Backbone, choose_precision, pick_device
-from .batch import padded_seconds
 from .checkpoint import load_weights, locate, read_config, read_preprocessor
 from .frontend import refuse_short
+from .memory import padded_seconds
 
 # %% ../nbs/06_encoder.ipynb #11b5798a
 POOLINGS = ("mean", "sum", "max", "mean+std")

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from .batch import Batch, Batches, Failure, take, with_backoff
+from .batch import Batch, Batches, Failure
 from .cache import VectorCache
 from .encoder import Encoder, pool
 from .features import NOT_FINITE, FeatureReader, find_finite, refuse
+from .memory import take, with_backoff
 from .parts import read_progress, remove_unfinished, rows_table, write_part, write_progress
 from .progress import progress
 from .pooling import cut_windows, pool_pieces

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from . import __version__
-from .batch import Batch, Batches, Failure, Notes, take, with_backoff
+from .batch import Batch, Batches, Failure, Notes
 from .cache import VectorCache
 from .encoder import Encoder, pool
+from .memory import take, with_backoff
 from .progress import progress
 from .windows import steps
 

@@ -66,7 +66,6 @@ class Material:
         self.rows = {uid: row for row, uid in enumerate(self.table["uid"])}
         self.tables: dict[str, FeatureTable] = {}  # by pooling
         self.notes: list[dict] = []  # of this process's passes
-        self.model: Classifier | None = None  # made for the first training, by whoever checked that it can be
 
     def make_model(self, config: Config, classifiers: list[list[str]]) -> Classifier:
         "A classifier with new heads; an encoder that trains is used only once."
@@ -149,15 +148,17 @@ def describe(
     n_trained, n_all = (sum(weight.numel() for weight in w) for w in (trainable(model).values(), model.parameters()))
     return f"{pd.DataFrame(rows)}\n(positive of rated)\n{n_trained:,} of {n_all:,} parameters are trained"
 
-
+# %% ../nbs/13g_fitting.ipynb #3ad58d16
 def describe_time(
     trainer: Trainer,  # before its first epoch
     batches: Batches | FeatureBatches,  # to learn from
 ) -> str:
     "How long an epoch will take, in a sentence."
     seconds = estimate_epoch_s(trainer, batches)
-    amount = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds" if seconds >= 1 else "less than a second"
-    return f"an epoch will take about {amount}" if seconds == seconds else "no recording to learn from could be read"
+    if seconds != seconds:
+        return "no recording to learn from could be read"
+    amount = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{max(seconds, 1):.0f} seconds"
+    return f"an epoch will take about {amount}" if seconds >= 1 else "an epoch will take less than a second"
 
 # %% ../nbs/13g_fitting.ipynb #2e91d1f0
 class Watch:
@@ -201,10 +202,9 @@ def train_model(
     folder: RunFolder | None = None,  # where to show it, see `Watch`
 ) -> Trainer:
     "A trained classifier, in a trainer with its history."
-    model, material.model = material.model or material.make_model(config, classifiers), None
-    train, validation = (
-        make_batches(config, material, model, parts[part], part == "train") if part in parts else None for part in ("train", "val")
-    )
+    model = material.make_model(config, classifiers)
+    train = make_batches(config, material, model, parts["train"], is_training=True)
+    validation = make_batches(config, material, model, parts["val"]) if "val" in parts else None
     trainer = make_trainer(config, model, parts["train"])
     if (work / "state.pt").exists():
         load_state(trainer, work / "state.pt")

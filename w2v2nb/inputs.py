@@ -16,13 +16,14 @@ from . import data, storage
 from .architecture import complete
 from .augment import Augment, parse_effects
 from .backbone import pick_device
-from .batch import Batches, padded_seconds
+from .batch import Batches
 from .checkpoint import locate, read_config, read_json
 from .config import Config, checking, needs_validation
 from .data import WaveformDataset
 from .encoder import Encoder
 from .folds import Fold, hold_out, split_folds
 from .frontend import frame_geometry
+from .memory import padded_seconds
 from .model import Classifier, check_labels, read_settings
 from .transforms import Compose, RecordingError, in_bucket, pipeline
 

@@ -9,10 +9,11 @@ __all__ = ['embed_batch', 'predict', 'validate']
 import numpy as np
 import torch
 
-from .batch import Batch, Batches, Failure, with_backoff
+from .batch import Batch, Batches, Failure
 from .chance import Chance
 from .extract import NOT_FINITE
 from .features import FeatureBatch, FeatureBatches
+from .memory import with_backoff
 from .metrics import auc_table, macro_auc
 from .model import Classifier
 from .objectives import Objective, count_outputs
@@ -47,7 +48,7 @@ def predict(
     def run(some: Batch | FeatureBatch) -> torch.Tensor:
         return model.classify(embed_batch(model, some)).float().cpu()
 
-    with progress(batches.n_recordings, description) as bar:
+    with progress(batches.n_recordings, description, is_shown=isinstance(batches, Batches)) as bar:
         for batch in batches:
             pieces = [(batch, run(batch))] if isinstance(batch, FeatureBatch) else with_backoff(run, batch)
             for piece, found in pieces:

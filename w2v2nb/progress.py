@@ -67,11 +67,12 @@ class Progress:
 def progress(
     n_recordings: int,  # all there are to do
     description: str,  # what is being done, in a word or two
+    is_shown: bool = True,  # False for what takes no time
 ) -> Iterator[Progress]:
     "Context manager: a progress bar on the error stream; where nobody watches, a line every ten seconds and one at the end."
     bar = dict(total=n_recordings, desc=description, unit="rec", ascii=True)
     place = dict(mininterval=0.5) if is_watched() else dict(file=Lines(sys.stderr), mininterval=10.0, delay=10.0)
-    if int(os.environ.get("RANK", 0)):  # of several processes that torchrun started, the first shows its own
+    if not is_shown or int(os.environ.get("RANK", 0)):  # of several processes that torchrun started, the first shows its own
         place = dict(file=io.StringIO())
     with tqdm(**bar, **place) as shown:
         try:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['palette', 'line_styles', 'Picture', 'to_mono', 'envelope', 'mel_levels', 'draw_levels', 'plot_recording',
-           'read_table', 'best_row', 'best_epoch', 'plot_history', 'find_labels', 'draw_roc', 'plot_roc']
+           'read_table', 'best_row', 'best_epoch', 'plot_history', 'find_labels', 'draw_roc', 'find_present',
+           'plot_roc']
 
 # %% ../nbs/12_report.ipynb #8f2668c2
 import os
@@ -214,6 +215,16 @@ def draw_roc(
     caption = f"{label}\nAUC {auc.auc:.2f} ({auc.n_pos} with, {auc.n_neg} without)"
     axes.plot(false_share, true_share, color=color, linestyle=style, label=caption)
 
+# %% ../nbs/12_report.ipynb #01ffff45
+def find_present(
+    table: pd.DataFrame,  # predictions
+    labels: list[str],  # which labels
+) -> pd.DataFrame:
+    "The table with targets of 0 and 1: as they are, or whether a grade is 2 or above; NaN stays."
+    columns = [f"{label}_target" for label in labels]
+    targets = table[columns].astype(float)
+    return table.assign(**(targets > 1).astype(float).where(targets.notna())) if (targets > 1).any(axis=None) else table
+
 # %% ../nbs/12_report.ipynb #6fa4b2aa
 def plot_roc(
     predictions: pd.DataFrame | str | os.PathLike,  # NAME_predictions.csv, as a path or a table
@@ -223,6 +234,7 @@ def plot_roc(
     columns = [f"{label}_{kind}" for label in labels or [] for kind in ("target", "score")]
     table = read_table(predictions, columns)
     labels = list(labels or find_labels(table))
+    table = find_present(table, labels)
     is_shared = len(labels) <= len(palette) * len(line_styles)
     n_rows, n_columns = (1, 1) if is_shared else (-(-len(labels) // 4), 4)
     picture = Picture(figsize=(9, 4) if is_shared else (11, 3.2 * n_rows), layout="constrained")

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .batch import Batch, Batches, take
+from .batch import Batch, Batches
 from .chance import Chance, make_seed
 from .features import FeatureBatch, FeatureBatches
+from .memory import take
 from .model import Classifier
 from .objectives import Objective
-from .predict import embed_batch, predict, validate
+from .predict import embed_batch, validate
 from .processes import add_gradients, add_numbers, gather, make_accelerator
 from .progress import progress
 from .storage import stage, writing
@@ -110,7 +111,7 @@ def train_epoch(
     "Train on each recording once; return the mean loss over all rated entries. Raises `FloatingPointError`."
     model, settings, objective = trainer.model.train(), trainer.settings, trainer.objective
     device, total_of_epoch, n_of_epoch = model.encoder.device, 0.0, 0.0
-    with progress(batches.n_recordings, f"epoch {epoch}") as bar:
+    with progress(batches.n_recordings, f"epoch {epoch}", is_shown=isinstance(batches, Batches)) as bar:
         for step, batch in enumerate(batches):
             n_rated = add_numbers(objective.count(batch.targets).to(device) if batch.index else torch.zeros((), device=device))
             if not n_rated:
