@@ -56,5 +56,5 @@ def test_gradients_flow_through_what_is_kept():
 
 
 def test_another_number_of_recordings_is_an_error():
-    with pytest.raises(ValueError):
+    with pytest.raises(RuntimeError, match="split_sizes"):
         Chance([1, 2]).drop(torch.ones(3, 4), 0.5)
