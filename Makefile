@@ -6,10 +6,10 @@ READY := $(VENV)/ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks export outputs lint wheel constraints bench clean
+.PHONY: help setup demo test notebooks export outputs lint wheel constraints bench bench-training clean
 
 help: ## print the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv and install the project with its development dependencies
 
@@ -55,6 +55,9 @@ bench: $(READY) .bench/ready ## compare speed, memory and error with others: mak
 .bench/ready: tools/bench_requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target .bench -r $<
 	@touch $@
+
+bench-training: $(READY) ## show what training comes to: make bench-training BENCH=--quick
+	$(BIN)/python tools/bench_training.py run $(BENCH)
 
 clean: ## remove what can be made again
 	rm -rf $(VENV) .bench dist build w2v2nb-demo *.egg-info .pytest_cache .ruff_cache

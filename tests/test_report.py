@@ -115,7 +115,7 @@ def test_recording_leaves_its_input_alone():
         (np.zeros(0), "at least one frame"),
         (np.zeros((1, 0)), "at least one frame"),
         (0.5, r"shape is \(\)"),
-        ([0.0, np.np.nan], "finite"),
+        ([0.0, np.nan], "finite"),
         ([0.0, np.inf], "finite"),
     ],
 )
@@ -216,7 +216,7 @@ def test_history_from_a_file_is_that_of_its_table(tmp_path):
     "columns, best",
     [
         ({}, 3),
-        ({"metric": [np.np.nan] * 4}, None),  # as train, which then keeps the last
+        ({"metric": [np.nan] * 4}, None),  # as train, which then keeps the last
         ({"metric": [None] * 4}, None),
         ({"metric": [None, 0.5, None, 0.6]}, 4),
         ({"metric": [np.nan, 0.5, np.nan, 0.5]}, 2),  # of equal ones the first
@@ -231,10 +231,10 @@ def test_best_epoch(columns, best):
     "columns, best",
     [
         ({}, 2),
-        ({"metric": [np.np.nan] * 4}, 2),  # the loss is enough
-        ({"validation_loss": [np.np.nan] * 4}, None),
+        ({"metric": [np.nan] * 4}, 2),  # the loss is enough
+        ({"validation_loss": [np.nan] * 4}, None),
         ({"validation_loss": [np.nan, 0.3, 0.2, 0.2]}, 3),  # of equal ones the first
-        ({"validation_loss": [np.inf, 0.3, np.inf, np.np.nan]}, 2),
+        ({"validation_loss": [np.inf, 0.3, np.inf, np.nan]}, 2),
     ],
 )
 def test_best_epoch_by_loss(columns, best):
@@ -249,7 +249,7 @@ def test_best_row_goes_by_place_not_by_index():
 
 
 def test_history_without_validation_has_one_panel(tmp_path):
-    history(metric=[np.np.nan] * 4, validation_loss=[np.nan] * 4).to_csv(tmp_path / "history.csv", index=False)
+    history(metric=[np.nan] * 4, validation_loss=[np.nan] * 4).to_csv(tmp_path / "history.csv", index=False)
     picture = plot_history(tmp_path / "history.csv")
     assert_drawn(picture)
     assert [captions(axes) for axes in picture.axes] == [["train loss"]]
@@ -262,8 +262,8 @@ def test_history_of_one_epoch_is_seen():
 
 
 def test_history_of_a_run_that_diverged():
-    assert_drawn(plot_history(history(train_loss=[0.4, np.inf, np.nan, np.np.nan])))
-    assert_drawn(plot_history(history(**{c: [np.np.nan] * 4 for c in ("train_loss", "validation_loss", "metric")})))
+    assert_drawn(plot_history(history(train_loss=[0.4, np.inf, np.nan, np.nan])))
+    assert_drawn(plot_history(history(**{c: [np.nan] * 4 for c in ("train_loss", "validation_loss", "metric")})))
 
 
 # ROC curves

@@ -73,7 +73,7 @@ def equal(first, second):
 
 
 def rows(trainer):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in trainer.history]
+    return [{name: repr(value) for name, value in row.items() if name != "seconds"} for row in trainer.history]  # nan is not nan
 
 
 # what trains
@@ -110,10 +110,10 @@ def test_kept_features_train_as_the_recordings_do():
         )
         for _ in range(3):
             trainer.run_epoch(train, validation)
-        histories.append(rows(trainer))
+        histories.append(trainer.history)
         assert [failure["uid"] for failure in trainer.notes[0]["failures"]] == ["nobody"]
     for first, second in zip(*histories, strict=True):
-        assert first == pytest.approx(second, abs=1e-5)
+        assert first | {"seconds": 0} == pytest.approx(second | {"seconds": 0}, abs=1e-5)
 
 
 # a step
@@ -254,11 +254,11 @@ def test_the_best_epoch(monitor, rows, best):
 
 @pytest.mark.parametrize("monitor", ["auc", "loss"])
 def test_fit_ends_with_the_weights_of_the_best_epoch(monitor):
-    trainer, kept = make(learning_rate=1e-2, monitor=monitor), []
+    trainer, kept = make(learning_rate=3e-2, monitor=monitor, seed=3), []
     train, held_out = keep(trainer.model, TABLE.head(24)), keep(trainer.model, TABLE.tail(24), shuffle=False)
     fit(trainer, train, held_out, 8, lambda row: kept.append(copy_weights(trainer.model)))
     values = [row["metric"] if monitor == "auc" else -row["validation_loss"] for row in trainer.history]
-    assert len(values) == 8 and trainer.best_epoch == int(np.argmax(values)) + 1 < 8
+    assert len(values) == 8 and trainer.best_epoch == int(np.argmax(values)) + 1 < len(values)
     best = kept[trainer.best_epoch - 1]
     assert all(torch.equal(weight, best[name]) for name, weight in trainable(trainer.model).items())
     found = validate(trainer.model, held_out, trainer.objective)

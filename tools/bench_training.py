@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from bench_floor import describe_machine
 from bench_report import show, with_range
 
 default_out, default_picture = root / "nbs" / "bench" / "training.json", root / "nbs" / "images" / "layers.png"
+PACKAGES = ("python", "torch", "transformers", "numpy", "w2v2nb")
 CLIP_FRAMES = 32000  # 2 s, so that a part takes minutes
 MODES = {
     "head": [],
@@ -146,7 +148,8 @@ def measure_cache(args: argparse.Namespace, work: Path) -> dict:
     "A frozen encoder with features kept, from an empty and from a full cache, and computed in every epoch."
     recordings, epochs = find_set("svd"), 2 if args.quick else 20
     n = write_table(recordings, 16 if args.quick else args.n, work / "cache.csv")
-    found = {"set": recordings.name, "n": n, "epochs": epochs, "models": {}}
+    found = {"set": recordings.name, "n": n, "epochs": epochs, "repeats": args.repeats}
+    found |= {"load_before": os.getloadavg()[0], "models": {}}  # a machine at rest says less than 0.3
     for model in ["tiny"] if args.quick else ["base", "tiny"]:
         common = [*recordings.flags(work / "cache.csv"), "-c", make_model(model, args.checkpoints), "-e", epochs]
         runs = {"kept": [], "again": [], "each": []}
@@ -161,7 +164,8 @@ def measure_cache(args: argparse.Namespace, work: Path) -> dict:
             differences.append(largest_difference(read(work / "kept", "predictions"), read(work / "each", "predictions")))
             for name in runs:
                 shutil.rmtree(work / name)
-            print(f"  {model}, repeat {i + 1} of {args.repeats}: {', '.join(f'{k} {v[-1]:.0f} s' for k, v in runs.items())}", flush=True)
+            taken = ", ".join(f"{name} {seconds[-1]:.0f} s" for name, seconds in runs.items())
+            print(f"  {model}, repeat {i + 1} of {args.repeats}: {taken}", flush=True)
         found["models"][model] = {"seconds": runs, "difference": max(differences)}
     return found
 
@@ -170,7 +174,8 @@ def measure_modes(args: argparse.Namespace, work: Path) -> dict:
     "AUC of every mode of training on people who were not trained on."
     from w2v2nb import samples
 
-    epochs, found = 1 if args.quick else 5, {"epochs": 1 if args.quick else 5, "sets": {}}
+    epochs = 2 if args.quick else 5
+    found = {"epochs": epochs, "sets": {}}
     for recordings in {r.name: r for r in map(find_set, ("svd", "librispeech"))}.values():
         table = work / f"{len(found['sets'])}.csv" if args.quick else recordings.split
         if args.quick:
@@ -178,7 +183,7 @@ def measure_modes(args: argparse.Namespace, work: Path) -> dict:
         common = [*recordings.flags(table), "-c", samples.checkpoint(), "-e", epochs, "-lr", 0.001, "--cache_dir", work / "cache"]
         folders = {mode: work / f"{recordings.name}_{i}".replace(" ", "_") for i, mode in enumerate(MODES)}
         run_many([[*common, *flags, "-o", folders[mode]] for mode, flags in MODES.items()], work / "modes.log")
-        sizes = {part: len(pd.read_csv(next(folders["head"].glob("d_split/" + part + "*")))) for part in ("train", "test")}
+        sizes = {part: len(pd.read_csv(folders["head"] / "d_split" / f"{part}.csv")) for part in ("train", "test")}
         rows = {}
         for mode, folder in folders.items():
             metrics = read(folder, "metrics")
@@ -230,13 +235,13 @@ def measure_processes(args: argparse.Namespace, work: Path) -> dict:
     recordings, epochs = find_set("svd"), 3 if args.quick else 6
     found = {"set": recordings.name, "n": write_table(recordings, 16 if args.quick else 64, work / "t.csv"), "epochs": epochs}
     common = [*recordings.flags(work / "t.csv"), "-c", samples.checkpoint(), "-e", epochs, "-lr", 0.001]
-    common += ["--device", "cpu", "--cache_dir", work / "cache"]
+    common += ["--device", "cpu"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found["two"] = {}
     for mode in ("head", "transformer"):
         command, folders = program(*common, "--tune", mode), [work / f"{mode}_{i}" for i in (1, 2)]
-        timed([*command, "-o", folders[0]], work / "one.log")
-        timed([*torchrun, *command[1:], "-o", folders[1]], work / "two.log")
+        timed([*command, "-o", folders[0], "--cache_dir", work / f"{mode}_cache_1"], work / "one.log")
+        timed([*torchrun, *command[1:], "-o", folders[1], "--cache_dir", work / f"{mode}_cache_2"], work / "two.log")
         about = {name: largest_difference(*(read(folder, name) for folder in folders)) for name in ("metrics", "history")}
         about["predictions"] = largest_difference(*(read(folder, "predictions") for folder in folders))
         found["two"][mode] = about | {"weights": largest_weight_difference(*folders)}
@@ -279,17 +284,23 @@ PARTS = {
 def cache_table(found: dict) -> list[str]:
     lines = [
         f"**Kept features**: whole processes, imports included, {found['epochs']} epochs of a head on a frozen encoder; "
-        f"{found['n']} recordings of {found['set']}, a fifth of them for the test; medians (lowest-highest), ratios within a repeat.",
+        f"{found['n']} recordings of {found['set']}, a fifth of them for the test; median (lowest-highest) of {found['repeats']} "
+        f"repeats, ratios within each, the order alternated. Load before the start {found['load_before']:.1f}.",
         "",
-        "| encoder | features in each epoch, s | kept, s | kept before, s | times faster | kept before, times faster | predictions differ by |",
+        "| encoder | computed in every epoch, s | kept, s | found from an earlier run, s | times faster, kept | found | "
+        "predictions differ by |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, model in found["models"].items():
         taken = model["seconds"]
         ratios = [with_range([x / y for x, y in zip(taken["each"], taken[k], strict=True)]) for k in ("kept", "again")]
         cells = [show(with_range(taken[k]), ".1f") for k in ("each", "kept", "again")] + [show(ratio, ".1f") for ratio in ratios]
-        lines.append(f"| {name} | {' | '.join(cells)} | {model['difference']:.0e} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {difference_text(model['difference'])} |")
     return lines
+
+
+def difference_text(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
 
 
 def auc_text(values: list) -> str:
@@ -302,9 +313,14 @@ def modes_table(found: dict) -> list[str]:
     lines = []
     for name, about in found["sets"].items():
         labels = list(next((row for row in about["modes"].values() if row), {}))
-        lines += ["", f"**What trains**, {name}: {about['n']['train']} recordings to learn from, {found['epochs']} epochs, tiny "
-                  f"encoder; AUC (95% interval) on {about['n']['test']} recordings of other people.", "",
-                  f"| | {' | '.join(labels)} |", "|---|" + "---|" * len(labels)]  # fmt: skip
+        lines += [
+            "",
+            f"**What trains**, {name}: {about['n']['train']} recordings to learn from, {found['epochs']} epochs, tiny encoder; "
+            f"AUC (95% interval) on {about['n']['test']} recordings of other people.",
+            "",
+            f"| | {' | '.join(labels)} |",
+            "|---|" + "---|" * len(labels),
+        ]
         for mode, row in about["modes"].items():
             cells = [auc_text(row[label]) for label in labels] if row else ["did not run"] * len(labels)
             lines.append(f"| {mode} | {' | '.join(cells)} |")
@@ -314,33 +330,41 @@ def modes_table(found: dict) -> list[str]:
 def sweep_table(found: dict) -> list[str]:
     trials = found["trials"]
     best = max(trials, key=lambda row: (row["metric"] or 0.0, -row["layer"]))
+    test = ", ".join(f"{label} {'no AUC' if auc is None else format(auc, '.2f')}" for label, auc in found["test"].items())
     lines = [
-        f"**Layers**: {found['n']} recordings of {found['set']}, {found['model']} encoder, `--layer all`; AUC on validation, mean "
-        f"over labels. The best is layer {best['layer']}; on the test it has "
-        + ", ".join(f"{label} {'no AUC' if auc is None else format(auc, '.2f')}" for label, auc in found["test"].items()) + ".",
+        f"**Layers**: {found['n']} recordings of {found['set']}, {found['model']} encoder, `--layer all`; AUC on validation, "
+        f"mean over labels. The best is layer {best['layer']}; on the test it has {test}.",
         "",
         f"| layer | {' | '.join(str(row['layer']) for row in trials)} |",
         "|---|" + "---|" * len(trials),
-    ]  # fmt: skip
+    ]
     cells = ["" if row["metric"] is None else f"{row['metric']:.2f}" for row in trials]
     return [*lines, f"| AUC | {' | '.join(cells)} |"]
 
 
 def processes_table(found: dict) -> list[str]:
-    lines = [f"**The same whatever happens**: {found['n']} recordings of {found['set']}, tiny encoder, {found['epochs']} epochs, on "
-             "the CPU; largest difference to one process that was left alone.", "",
-             "| | metrics | history | predictions | weights |", "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"**The same whatever happens**: {found['n']} recordings of {found['set']}, tiny encoder, {found['epochs']} epochs, "
+        "on the CPU; largest difference to one process that was left alone.",
+        "",
+        "| | metrics | history | predictions | weights |",
+        "|---|---|---|---|---|",
+    ]
     rows = {f"two processes, {mode}": about for mode, about in found["two"].items()}
     rows[f"killed after epoch {found['resume']['killed_after']}, resumed (transformer)"] = found["resume"]
     for name, about in rows.items():
-        cells = [f"{about[key]:.0e}" if key in about else "" for key in ("metrics", "history", "predictions", "weights")]
+        cells = [difference_text(about[key]) if key in about else "" for key in ("metrics", "history", "predictions", "weights")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
 def folds_table(found: dict) -> list[str]:
-    lines = [f"**Five folds** by {found['group']}: {found['n']} recordings of {found['set']}, tiny encoder, head.", "",
-             "| | AUC, mean over folds (sd) | AUC of all out-of-fold predictions |", "|---|---|---|"]  # fmt: skip
+    lines = [
+        f"**Five folds** by {found['group']}: {found['n']} recordings of {found['set']}, tiny encoder, head.",
+        "",
+        "| | AUC, mean over folds (sd) | AUC of all out-of-fold predictions |",
+        "|---|---|---|",
+    ]
     for label, about in found["labels"].items():
         mean, sd, whole = (float("nan") if about[name] is None else about[name] for name in ("AUC_mean", "AUC_sd", "AUC"))
         lines.append(f"| {label} | {mean:.2f} ({sd:.2f}) | {whole:.2f} |")
@@ -359,7 +383,7 @@ def machine_line(found: dict) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return (
         f"Measured on {machine['cpu']} ({machine['family']}; {', '.join(machine['instructions'])}), {machine['cores']} cores, "
-        f"{machine['memory_gb']:.0f} GB, load before the start {found['load_before']:.1f}; {packages}."
+        f"{machine['memory_gb']:.0f} GB; {packages}."
     )
 
 
@@ -370,8 +394,7 @@ def to_markdown(results: dict) -> str:
         found = results["parts"].get(name)
         if found:
             lines += [*(table(found) if "failure" not in found else [f"**{name}** did not run: {found['failure']}"]), ""]
-    about = results["parts"].get("cache")
-    return "\n".join([*([machine_line(results), ""] if about else []), *lines, LEGEND, ""])
+    return "\n".join([machine_line(results), "", *lines, LEGEND, ""])
 
 
 def draw(trials: list[dict], path: Path) -> None:
@@ -394,7 +417,8 @@ def write_report(results: Path, picture: Path) -> None:
 def run(args: argparse.Namespace) -> int:
     "Measure the parts, each written when it is there; others of an earlier run stay. The number of those that failed."
     results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"parts": {}}
-    results |= {"machine": describe_machine(), "versions": find_versions(), "load_before": os.getloadavg()[0]}
+    versions = {name: number for name, number in find_versions().items() if name in PACKAGES}
+    results |= {"machine": describe_machine(), "versions": versions}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     seconds = {name: 30 if args.quick else PARTS[name][2] for name in args.parts}
     print(f"about {sum(seconds.values()) / 60:.0f} minutes on two cores at rest; {find_set('svd').name}", flush=True)
@@ -406,8 +430,9 @@ def run(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(dir=args.work) as work:
             try:
                 found = measure(args, Path(work))
-            except Failed as e:
-                found, n_failed = {"failure": str(e)}, n_failed + 1
+            except Exception as e:  # the other parts go on; what libraries say may name folders of this machine
+                traceback.print_exc()
+                found, n_failed = {"failure": str(e) if isinstance(e, Failed) else type(e).__name__}, n_failed + 1
         found["took_s"] = round(time.perf_counter() - begin, 1)
         print(f"  took {found['took_s']:.0f} s", flush=True)
         results["parts"][name] = found

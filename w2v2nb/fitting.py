@@ -16,6 +16,7 @@ import torch
 
 from .augment import mask_spans
 from .batch import Batches
+from .cache import VectorCache
 from .config import Config, read_tune
 from .curves import BoardWriter, LiveCurves, format_row
 from .data import read_targets
@@ -23,7 +24,7 @@ from .encoder import Encoder
 from .features import FeatureBatches, FeatureTable, read_features
 from .folder import RunFolder
 from .inputs import load_encoder, read_batches, target_scale
-from .methods import make_model, read_cache, read_objective
+from .methods import make_model, read_objective
 from .model import Classifier
 from .optim import make_optimizer, make_schedule
 from .processes import count_processes, make_accelerator, merge_rows, process_number
@@ -61,8 +62,9 @@ class Material:
         config: Config,  # how recordings are read
         table: pd.DataFrame,  # annotations of all recordings
         encoder: Encoder | None = None,  # fresh from its checkpoint; None: read when it is needed
+        cache: VectorCache | None = None,  # where features are kept for later runs
     ):
-        self.config, self.table, self.encoder = config, table.drop_duplicates("uid"), encoder
+        self.config, self.table, self.encoder, self.cache = config, table.drop_duplicates("uid"), encoder, cache
         self.rows = {uid: row for row, uid in enumerate(self.table["uid"])}
         self.tables: dict[str, FeatureTable] = {}  # by pooling
         self.notes: list[dict] = []  # of this process's passes
@@ -77,9 +79,9 @@ class Material:
     def read(self, model: Classifier) -> FeatureTable:
         "Features of all recordings, (recordings, layers, width), in the order of the table."
         if model.pooling not in self.tables:
-            layers, cache = find_layers(self.config, model.encoder.n_layers), read_cache(self.config)
+            layers = find_layers(self.config, model.encoder.n_layers)
             with closing(share_batches(self.config, self.table, [], model)) as batches:
-                found = read_features(model.encoder, batches, layers, model.pooling, cache)
+                found = read_features(model.encoder, batches, layers, model.pooling, self.cache)
                 self.notes.append(take_notes(batches))
             found.features = torch.from_numpy(merge_rows(found.features.numpy()))
             self.tables[model.pooling] = found

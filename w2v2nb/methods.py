@@ -127,7 +127,9 @@ def read_cache(
     if not config.cache:
         return None
     try:
-        return VectorCache(cache_dir(config.cache_dir), int(config.cache_gb * 1e9))
+        folder = cache_dir(config.cache_dir)
+        print(f"features are kept in {folder} for later runs; --cache False keeps none")
+        return VectorCache(folder, int(config.cache_gb * 1e9))
     except OSError as e:
         if config.cache_dir:
             raise

@@ -82,7 +82,7 @@ def finish(
     found = {failure["uid"]: failure for note in notes for failure in note["failures"]}
     write_table(folder / "failures.csv", [{k: row[k] for k in COLUMNS} for row in found.values()], COLUMNS)
     problems = sorted({problem for note in notes for problem in note["metadata_problems"]})
-    n_shortened = sum(note["n_shortened"] for note in notes)
+    n_shortened = len({uid for note in notes for uid in note["shortened"]})
     counts = {"rows": n_rows} | ({} if n_recordings in (None, n_rows) else {"recordings": n_recordings})
     folder.write(counts=counts | {"failures": len(found), "shortened": n_shortened}, metadata_problems=problems)
     if problems:

@@ -17,7 +17,7 @@ import torch
 from .backbone import pick_device
 from .config import Config, checking
 from .extract import Recipe, extract
-from .fitting import Material, describe, make_trainer, share_batches
+from .fitting import Material, describe, keeps_features, make_trainer, share_batches
 from .folder import RunFolder, check_inputs, claim
 from w2v2nb.inputs import (
     SOUND,
@@ -79,15 +79,16 @@ def extract_embeddings(
             fingerprints = fingerprint_inputs(config, model or encoder)
             check_inputs(folder, config, fingerprints)
             warnings = compare_sound(config, encoder) + find_unused(config)
+            cache = read_cache(config)
         output = "frames" if config.frames else "embeddings.parquet"
         with working(folder, config, fingerprints, warnings) as work:
-            extract(encoder, batches, work, recipe, rows, len(table), cache=read_cache(config))
+            extract(encoder, batches, work, recipe, rows, len(table), cache=cache)
             about = describe_table(folder, recipe, model)
             n_rows = merge_parts(work, folder / output, about, is_folder=config.frames)
-            _, is_shortened = rows_done(work)
-            problems = read_progress(work)["metadata_problems"]
-            notes = take_notes(batches) | {"n_shortened": int(is_shortened.sum()), "metadata_problems": problems}
-            return finish(folder, n_rows, [notes], len(is_shortened))
+            rows, is_shortened = rows_done(work)
+            notes = take_notes(batches) | {"metadata_problems": read_progress(work)["metadata_problems"]}
+            notes["shortened"] = table["uid"].iloc[rows[is_shortened]].tolist()
+            return finish(folder, n_rows, [notes], len(rows))
 
 # %% ../nbs/14_run.ipynb #a138b078
 def evaluate_model(
@@ -124,6 +125,7 @@ def finetune(
         first = change_trial(config, propose_trial(config, space, [])) if space else config
         model = material.make_model(first, classifiers)
         make_trainer(first, model, parts["train"])
+        material.cache = read_cache(config) if keeps_features(first, model) else None
         for table in parts.values():
             share_batches(first, table, labels, model)
     with working(folder, config, fingerprints, warnings) as work:
@@ -140,8 +142,9 @@ def join_processes(
     "Meet the other processes, if there are any; the configuration with this one's device."
     if count_processes() == 1:
         return config
-    accelerator = make_accelerator(torch.device(pick_device(config.device).type))
-    return config.model_copy(update={"device": str(accelerator.device)})
+    kind = pick_device(config.device).type
+    device = make_accelerator(kind).device  # with its number, which a CPU has not
+    return config.model_copy(update={"device": "cpu" if kind == "cpu" else str(device)})
 
 
 def start(

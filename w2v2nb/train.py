@@ -25,7 +25,7 @@ from .memory import take
 from .model import Classifier
 from .objectives import Objective
 from .predict import embed_batch, validate
-from .processes import add_gradients, add_numbers, gather, make_accelerator
+from .processes import add_gradients, add_numbers, count_processes, gather, make_accelerator
 from .progress import progress
 from .storage import stage, writing
 
@@ -165,9 +165,9 @@ def take_step(
 def take_notes(
     batches: Batches | FeatureBatches,  # after a pass
 ) -> dict:
-    "What the latest pass noticed: `failures`, `n_shortened` and `metadata_problems`, in plain values."
-    failures = [vars(failure) for failure in batches.failures]
-    return {"failures": failures, "n_shortened": batches.n_shortened, "metadata_problems": batches.metadata_problems}
+    "What the latest pass noticed, in plain values: `failures`, uids that were `shortened`, and `metadata_problems`."
+    failures, notes = [vars(failure) for failure in batches.failures], batches.notes
+    return {"failures": failures, "shortened": notes.shortened, "metadata_problems": notes.metadata_problems}
 
 # %% ../nbs/10_train.ipynb #cbdbfc6c
 class Trainer:
@@ -246,15 +246,19 @@ def estimate_epoch_s(
     batches: Batches | FeatureBatches,  # to learn from
 ) -> float:
     "About how many seconds an epoch's steps will take; NaN without recordings. Weights and chance stay as they are."
-    batch, started = next(iter(batches), None), time.monotonic()
+    batch, seconds = next(iter(batches), None), math.inf
     batches.close()
     if batch is None or not batch.index:
         return float("nan")
-    seeds = [make_seed(uid) for uid in batch.uids]
     trainer.model.train()
-    sum_losses(trainer.model, batch, trainer.objective, Chance(seeds)).backward()
+    for _ in range(2):  # the first time much is made ready
+        started = time.monotonic()
+        for piece in divide(batch, trainer.settings.n_pieces):
+            chance = Chance([make_seed(uid) for uid in piece.uids])
+            sum_losses(trainer.model, piece, trainer.objective, chance).backward()
+        seconds = min(seconds, time.monotonic() - started)
     trainer.optimizer.zero_grad()
-    return (time.monotonic() - started) * batches.n_recordings / len(batch.index)
+    return seconds * batches.n_recordings / len(batch.index) / count_processes()
 
 # %% ../nbs/10_train.ipynb #a9163455
 KEPT = ("history", "notes", "best_epoch", "best_weights", "rate")
