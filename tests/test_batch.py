@@ -134,11 +134,17 @@ def test_a_step_is_known_before_anything_is_read():
     assert [[i for i in step if i not in (3, 50, 51, 120)] for step in orders(plain)] == orders(broken)
 
 
-def test_a_step_without_a_recording_that_can_be_read_is_left_out_or_empty():
-    bad = list(range(16))
-    assert orders(Batches(Fake(LENGTHS[:16], bad=bad), max_items=8, shuffle=True)) == []
-    shared = list(Batches(Fake(LENGTHS[:16], bad=bad), max_items=8, shuffle=True, rank=0, n_ranks=2))
-    assert [len(batch) for batch in shared] == [0, 0] and shared[0].targets.numel() == 0
+def test_a_step_without_a_recording_that_can_be_read_is_empty():
+    found = list(Batches(Fake(LENGTHS[:16], bad=list(range(16))), max_items=8, shuffle=True))
+    assert [len(batch) for batch in found] == [0, 0] and found[0].targets.numel() == 0
+
+
+def test_pairs_of_a_step_stay_pairs_when_a_recording_cannot_be_read():
+    plain, broken = (Batches(Fake(LENGTHS[:16], bad=bad), max_items=8, shuffle=True) for bad in ([], [3, 5]))
+    places = {i: place for batch in plain for i, place in zip(batch.index, batch.places, strict=True)}
+    assert sorted(places.values()) == sorted([*range(8), *range(8)])
+    for batch in broken:
+        assert batch.places == [places[i] for i in batch.index] and take(batch, [0]).places == batch.places[:1]
 
 
 @pytest.mark.parametrize("n, n_items", [(48, 8), (50, 8), (7, 3), (1, 8), (9, 1)])

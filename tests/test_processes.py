@@ -2,13 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -19,6 +19,7 @@ from w2v2nb.data import read_annotations
 from w2v2nb.folder import RunFolder
 from w2v2nb.processes import add_gradients, add_numbers, count_processes, gather, merge_rows, process_number
 
+NOBODY = ["nobody", "noone", "nowhere"]
 LABELS = ["slow rate", "rapid rate", "strained", "breathy", "monopitch"]
 torchrun = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -40,13 +41,13 @@ def run(n, arguments, **options):
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    "21 recordings to learn from, rated unevenly, one of them not there: with steps of 10 the last has one recording."
+    "21 recordings to learn from, rated unevenly, three of them not there: with steps of 10 the last has one recording."
     folder = tmp_path_factory.mktemp("split")
     train, test = (read_annotations(f"{samples.split_root()}/{part}.csv") for part in ("train", "test"))
     val = train[train.subject.isin(train.subject.unique()[:2])].head(9)
     train = train[~train.subject.isin(val.subject)].head(21).copy()
     train.loc[train.index[::3], LABELS[1:]] = np.nan
-    train.loc[train.index[4], "uid"] = "nobody"
+    train.loc[train.index[[4, 9, 10]], "uid"] = NOBODY
     for name, table in dict(train=train, val=val, test=test.head(13)).items():
         table.to_csv(folder / f"{name}.csv", index=False)
     return folder
@@ -63,14 +64,16 @@ def compare(first, second):
     assert [folder.about["state"] for folder in folders] == ["finished"] * 2
     for name in ("history.csv", "predictions.csv", "metrics.csv", "failures.csv"):
         one, other = (read(folder / name).drop(columns="seconds", errors="ignore") for folder in folders)
+        if name == "failures.csv":
+            one, other = (table.sort_values("uid", ignore_index=True) for table in (one, other))
         pd.testing.assert_frame_equal(one, other, rtol=0, atol=1e-4)
-    assert [read(folder / "failures.csv").uid.tolist() for folder in folders] == [["nobody"]] * 2
+    assert [sorted(read(folder / "failures.csv").uid) for folder in folders] == [NOBODY] * 2
     names = [sorted(path.name for path in folder.path.iterdir()) for folder in folders]
     assert names[0] == names[1] and folders[0].about["counts"] == folders[1].about["counts"]
 
 
-KEPT = "-e 3 -lr 0.003 --mixup 0.3 --schedule cosine --clip_norm 1 --loss BCE --pos_weight auto"
-MOVING = "-e 2 -lr 0.001 --tune top:1 --cache False --mixup 0.3 --loss focal --augment noise,gain,specaugment"
+KEPT = "-e 6 -lr 0.003 --mixup 0.3 --schedule cosine --clip_norm 1 --loss BCE --pos_weight auto"
+MOVING = "-e 5 -lr 0.001 --tune top:1 --cache False --mixup 0.3 --loss focal --augment noise,gain,specaugment"
 
 
 @torchrun
@@ -96,20 +99,18 @@ def test_a_search_in_several_processes_chooses_what_one_chooses(split, tmp_path)
 
 @torchrun
 def test_several_processes_that_are_killed_go_on_as_one(split, tmp_path):
-    text = MOVING.replace("-e 2", "-e 5")
+    text = MOVING.replace("-e 5", "-e 9")
     killed, history = flags(split, tmp_path / "killed", text), tmp_path / "killed" / "s_history.csv"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([*command(2), *killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen([*command(2), *killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120
-    while not history.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    while RunFolder(tmp_path / "killed").about["state"] == "running" and time.monotonic() < deadline:
-        if main([*killed, "--resume"]) == 0:  # refused while a worker of the other process group still has the lock
-            break
-        time.sleep(0.2)
+    while not (history.exists() and len(read(history)) > 1) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for each in [process := psutil.Process(process.pid), *process.children(recursive=True)]:
+        each.kill()
+        each.wait()
+    assert RunFolder(tmp_path / "killed").about["state"] == "running" and len(read(history)) < 9
+    assert main([*killed, "--resume"]) == 0
     assert main(flags(split, tmp_path / "whole", text)) == 0
     compare(tmp_path / "killed", tmp_path / "whole")
 
@@ -119,7 +120,7 @@ def test_what_stops_one_process_stops_all_with_a_sentence(split, tmp_path):
     done = run(2, flags(split, tmp_path / "x", "-e 3 --cache False -lr 1e30"))
     assert done.returncode != 0 and "w2v2nb: the " in done.stderr and "lower --learning_rate" in done.stderr
     assert RunFolder(tmp_path / "x").about["state"] == "failed"
-    assert sorted(line for line in done.stderr.splitlines() if line.startswith("Traceback")) == []
+    assert "FloatingPointError" not in done.stderr  # what follows is torchrun's own
 
 
 # without torchrun

@@ -272,11 +272,12 @@ def test_no_row_is_exit_status_1(tmp_path, capsys):
     assert not (tmp_path / "x" / "t_embeddings.parquet").exists() and (tmp_path / "x" / "t_failures.csv").exists()
 
 
-def test_training_recordings_that_cannot_be_read_leave_no_model(tmp_path, small):
+@pytest.mark.parametrize("cache, n_read", [(True, 24 + 12 + 16), (False, 24 + 12)])  # kept features are read for all parts at once
+def test_training_recordings_that_cannot_be_read_leave_no_model(tmp_path, small, cache, n_read):
     (tmp_path / "audio").mkdir()
-    folder = start(tune(small, tmp_path / "x", prefix=str(tmp_path / "audio")))
+    folder = start(tune(small, tmp_path / "x", prefix=str(tmp_path / "audio"), cache=cache))
     assert folder.about["counts"]["rows"] == 0 and not (folder / "model").exists()
-    assert len(read(folder / "failures.csv")) == 36
+    assert len(read(folder / "failures.csv")) == n_read
 
 
 def test_one_folder_one_run(tuned, small, tmp_path):
@@ -317,18 +318,9 @@ def test_a_resume_that_would_compute_in_another_precision_is_refused(small, tmp_
         start(embed(small / "test.csv", tmp_path / "x", precision="auto", resume=True))
 
 
-def test_an_encoder_is_not_trained_in_fp16(small, tmp_path, monkeypatch):
-    import w2v2nb.encoder
-
-    monkeypatch.setattr(w2v2nb.encoder, "choose_precision", lambda *_: ("fp16", None))  # as on an older GPU with `auto`
-    with pytest.raises(ConfigError, match="an encoder cannot be trained in fp16.*give precision bf16 or fp32"):
-        start(tune(small, tmp_path / "x", precision="auto", freeze=False))
-    assert not (tmp_path / "x").exists()
-
-
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to"), MemoryError()])
 def test_memory_that_runs_out_is_one_line(small, tmp_path, monkeypatch, capsys, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(w2v2nb.run, "extract", fail)
@@ -529,17 +521,31 @@ def test_workers_end_with_the_run(small, tmp_path):
     assert not multiprocessing.active_children()
 
 
-def test_an_interrupted_run_says_so_and_goes_on(tmp_path):
-    arguments = ["finetune", "-i", samples.prefix(), "-d", SPLITS, "-l", samples.label_txt(), "-c", samples.checkpoint()]
-    arguments += ["-e", "50", "--dataset", "s", "--device", "cpu", "-o", str(tmp_path / "x")]
-    process = subprocess.Popen([sys.executable, "-m", "w2v2nb", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "x" / "s_history.csv").exists() and time.monotonic() < deadline:
+@pytest.mark.parametrize("flags", ["-e 500", "-e 50 --tune top:1 --cache False"])
+def test_an_interrupted_training_leaves_a_model_and_goes_on(small, tmp_path, flags):
+    from w2v2nb.model import Classifier
+
+    arguments = ["finetune", "-i", samples.prefix(), "-d", str(small), "-l", samples.label_txt(), "-c", samples.checkpoint()]
+    arguments += ["--dataset", "s", "--device", "cpu", "-o", str(tmp_path / "x"), "--clip_length", "32000", *flags.split()]
+    process = subprocess.Popen([sys.executable, "-m", "w2v2nb", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "x" / "s_history.csv").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors.decode() and "--resume goes on" in errors.decode()
-    assert RunFolder(tmp_path / "x").about["state"] == "interrupted" and (tmp_path / "x" / "s_work" / "state.pt").exists()
+    folder = RunFolder(tmp_path / "x")
+    assert folder.about["state"] == "interrupted" and (folder / "work" / "state.pt").exists()
+    history = read(folder / "history.csv")
+    best = history.epoch[history.metric.idxmax()]
+    assert f"interrupted: s_model has the weights of epoch {best}; --resume goes on" in out.decode()
+    assert Classifier.load(folder / "model", device="cpu").labels == LABELS
+    given = dict(SHIPPED, data_split_root=str(small / "val.csv"), mdl_path=str(folder / "model"), clip_length=32000)
+    measured = start(configure("eval-only", **given, exp_dir=str(tmp_path / "e")))
+    assert read(measured / "metrics.csv").AUC.mean() == pytest.approx(history.metric.max(), abs=1e-6)
+    n = len(history) + 1
+    torch_state = folder / "work" / "state.pt"
+    assert len(torch.load(torch_state, weights_only=True)["history"]) == len(history) < n
 
 
 def kill_when(arguments, happened):
@@ -656,22 +662,73 @@ def test_an_extraction_that_filled_the_disk_goes_on_from_its_parts(tmp_path, sma
     compare(small_disk / "full", tmp_path / "whole")
 
 
-def test_a_killed_training_resumes_to_the_same_model(small, tmp_path):
+KEPT = "-e 20 --mixup 0.2 --schedule onecycle --clip_norm 1 --patience 15"
+MOVING = "-e 6 --tune top:1 --cache False --augment noise,gain,shift,specaugment --schedule cosine --warmup 0.2 --optim adamw"
+
+
+@pytest.mark.parametrize("flags", [KEPT, MOVING])
+def test_a_training_killed_at_any_moment_resumes_to_the_same_model(small, tmp_path, flags):
     from safetensors.numpy import load_file
 
     arguments = ["finetune", "-i", samples.prefix(), "-d", str(small), "-l", samples.label_txt(), "-c", samples.checkpoint()]
-    arguments += ["-e", "8", "-lr", "0.003", "--dataset", "s", "--device", "cpu"]
+    arguments += ["-lr", "0.003", "--dataset", "s", "--device", "cpu", "--clip_length", "32000", *flags.split()]
     killed, history = [*arguments, "-o", str(tmp_path / "killed")], tmp_path / "killed" / "s_history.csv"
-    assert kill_when(killed, lambda: history.exists() and len(read(history)) >= 2)
-    assert len(read(history)) < 8
+    rng = np.random.default_rng()
+    for n_times in range(3):  # at any moment after the first epoch, the next epoch, ...
+        n_epochs, wait_s, seen = n_times + 1, rng.uniform(0, 0.3), []
+
+        def happened(n_epochs=n_epochs, wait_s=wait_s, seen=seen):
+            if not seen and history.exists() and len(read(history)) >= n_epochs:
+                seen.append(time.monotonic())
+            return seen and time.monotonic() >= seen[0] + wait_s
+
+        if not kill_when([*killed, "--resume"], happened):
+            break
+        assert RunFolder(tmp_path / "killed").about["state"] == "running", (n_epochs, wait_s)
     assert main([*killed, "--resume"]) == 0
     assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0
     folders = [RunFolder(tmp_path / name) for name in ("killed", "whole")]
     first, second = (read(folder / "history.csv").drop(columns="seconds") for folder in folders)
-    pd.testing.assert_frame_equal(first, second)
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
+    assert first.learning_rate.nunique() > 2
     weights = [load_file(folder / "model" / "model.safetensors") for folder in folders]
     assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
-    pd.testing.assert_frame_equal(*(read(folder / "predictions.csv") for folder in folders))
+    pd.testing.assert_frame_equal(*(read(folder / "predictions.csv") for folder in folders), check_exact=True)
+
+
+@pytest.mark.parametrize("flags", ["--search learning_rate=0.01,0.001;dropout=0,0.5", "--folds 3 --search dropout=0,0.5"])
+def test_a_study_killed_at_any_moment_resumes_to_the_same_result(small, tmp_path, flags):
+    arguments = ["finetune", "-i", samples.prefix(), "-d", str(small), "-l", samples.label_txt(), "-c", samples.checkpoint()]
+    arguments += ["-e", "30", "--dataset", "s", "--device", "cpu", "--val_share", "0.3", "--clip_length", "32000"]
+    arguments += flags.split()
+    killed, work = [*arguments, "-o", str(tmp_path / "killed")], tmp_path / "killed" / "s_work"
+    wait_s, seen = np.random.default_rng().uniform(0, 0.5), []
+
+    def happened():
+        seen.extend([time.monotonic()] if not seen and list(work.rglob("trial.json")) else [])
+        return seen and time.monotonic() >= seen[0] + wait_s
+
+    was_running = kill_when(killed, happened)
+    done = {path: path.stat().st_mtime_ns for path in work.rglob("trial.json")}
+    assert not was_running or done
+    repeated = {}
+    if was_running:  # what is there is not written again: looked at while the rest is done
+        finish = w2v2nb.run.finish
+
+        def look(*given, **more):
+            repeated.update({path: path.stat().st_mtime_ns for path in done if path.exists()})
+            return finish(*given, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(w2v2nb.run, "finish", look)
+            assert main([*killed, "--resume"]) == 0
+        assert repeated == done
+    assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0
+    folders = [RunFolder(tmp_path / name) for name in ("killed", "whole")]
+    names = ("folds.csv", "predictions.csv", "metrics.csv") if "folds" in flags else ("search.csv", "history.csv", "predictions.csv")
+    for name in names:
+        one, other = (read(folder / name).drop(columns="seconds", errors="ignore") for folder in folders)
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
 def test_subjects_on_both_sides_are_refused_before_any_work(small, tmp_path):

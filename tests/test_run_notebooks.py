@@ -110,6 +110,17 @@ def test_finetune_tells_the_story_of_a_study(split, tmp_path, values, files, sho
         assert "fold 2" in text(notebook) and "AUC_sd" in text(notebook)
 
 
+def test_finetune_shows_grades_too(split, tmp_path):
+    for part in ("train", "test"):
+        table = pd.read_csv(split / f"{part}.csv", dtype={"uid": str})
+        table["strained"] = table["strained"].map({0: 1, 1: 4})
+        table[["uid", "subject", "strained"]].to_csv(tmp_path / f"{part}.csv", index=False)
+    (tmp_path / "labels.txt").write_text("strained\n")
+    given = dict(prefix=samples.prefix(), data_split_root=str(tmp_path), label_txt=str(tmp_path / "labels.txt"), device="cpu")
+    notebook = run("finetune", tmp_path, **given, checkpoint=samples.checkpoint(), exp_dir="o", loss="CORN", scale="clinical")
+    assert pictures(notebook) == [1, 1, 1] and "kappa" in text(notebook)
+
+
 def test_quickstart_needs_no_parameters(tmp_path):
     notebook = run("quickstart", tmp_path, epochs=2)
     assert "image/png" in mimes(notebook) and "monopitch" in text(notebook)

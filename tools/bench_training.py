@@ -174,7 +174,7 @@ def measure_modes(args: argparse.Namespace, work: Path) -> dict:
     "AUC of every mode of training on people who were not trained on."
     from w2v2nb import samples
 
-    epochs = 2 if args.quick else 5
+    epochs = 2 if args.quick else 4
     found = {"epochs": epochs, "sets": {}}
     for recordings in {r.name: r for r in map(find_set, ("svd", "librispeech"))}.values():
         table = work / f"{len(found['sets'])}.csv" if args.quick else recordings.split
@@ -198,7 +198,7 @@ def measure_modes(args: argparse.Namespace, work: Path) -> dict:
 def measure_sweep(args: argparse.Namespace, work: Path) -> dict:
     "Validation AUC of a head on every layer, and the test AUC of the best."
     recordings, model = find_set("svd"), "tiny" if args.quick else "base"
-    n = write_table(recordings, 24 if args.quick else 240, work / "sweep.csv")
+    n = write_table(recordings, 24 if args.quick else 160, work / "sweep.csv")
     how = ["-c", make_model(model, args.checkpoints), "--layer", "all", "--val_share", 0.25, "-e", 2 if args.quick else 20]
     timed(
         program(*recordings.flags(work / "sweep.csv"), *how, "--cache_dir", work / "cache", "-o", work / "sweep"),
@@ -233,7 +233,7 @@ def measure_processes(args: argparse.Namespace, work: Path) -> dict:
     from w2v2nb import samples
 
     recordings, epochs = find_set("svd"), 3 if args.quick else 6
-    found = {"set": recordings.name, "n": write_table(recordings, 16 if args.quick else 64, work / "t.csv"), "epochs": epochs}
+    found = {"set": recordings.name, "n": write_table(recordings, 16 if args.quick else 48, work / "t.csv"), "epochs": epochs}
     common = [*recordings.flags(work / "t.csv"), "-c", samples.checkpoint(), "-e", epochs, "-lr", 0.001]
     common += ["--device", "cpu"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -270,11 +270,11 @@ def measure_folds(args: argparse.Namespace, work: Path) -> dict:
 
 # part -> what measures it, what it shows, seconds that it takes on two cores
 PARTS = {
-    "cache": (measure_cache, "whole processes of 20 epochs, features kept against computed in each epoch", 420),
-    "modes": (measure_modes, "AUC of each mode of training", 210),
-    "sweep": (measure_sweep, "a head on every layer", 70),
-    "processes": (measure_processes, "two processes against one, killed and resumed against left alone", 90),
-    "folds": (measure_folds, "five folds", 30),
+    "cache": (measure_cache, "whole processes of 20 epochs, features kept against computed in each epoch", 480),
+    "modes": (measure_modes, "AUC of each mode of training", 180),
+    "sweep": (measure_sweep, "a head on every layer", 65),
+    "processes": (measure_processes, "two processes against one, killed and resumed against left alone", 85),
+    "folds": (measure_folds, "five folds", 25),
 }
 
 
@@ -421,6 +421,8 @@ def run(args: argparse.Namespace) -> int:
     results |= {"machine": describe_machine(), "versions": versions}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     seconds = {name: 30 if args.quick else PARTS[name][2] for name in args.parts}
+    if "cache" in seconds and not args.quick:
+        seconds["cache"] = round(seconds["cache"] * args.n * args.repeats / 128)
     print(f"about {sum(seconds.values()) / 60:.0f} minutes on two cores at rest; {find_set('svd').name}", flush=True)
     n_failed = 0
     for name in args.parts:

@@ -192,7 +192,10 @@ def work(
 
     try:
         return 0 if start(config).about["counts"]["rows"] else 1
-    except (OSError, FloatingPointError, WorkerError, OutOfMemoryError, MemoryError) as e:
+    except FloatingPointError as e:  # the same parameters would come to the same point
+        print(f"w2v2nb: {e}; --overwrite begins anew", file=sys.stderr)
+        return 1
+    except (OSError, WorkerError, OutOfMemoryError, MemoryError) as e:
         reason = " ".join(str(e).split()) or "memory ran out"
         print(f"w2v2nb: {reason}; what is done is kept, --resume goes on", file=sys.stderr)
         return 1

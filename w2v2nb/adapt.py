@@ -38,7 +38,8 @@ def choose_trainable(
     kind, k = parse_tune(tune)
     last = encoder.n_layers if last is None else last
     if k > last:
-        raise ValueError(f"tune is {tune} but {last} blocks are computed; give top:{max(last, 1)} or fewer, or a higher layer")
+        remedy = f"give top:{last} or fewer, or a higher layer" if last else "give a higher layer, or tune head"
+        raise ValueError(f"tune is {tune} but {last} blocks are computed; {remedy}")
     adapters = find_adapters(encoder)
     if kind == "lora" and not adapters:
         raise ValueError("tune is lora but this encoder has no adapters; call `add_lora` before")

@@ -43,6 +43,7 @@ class Batch:
     targets: torch.Tensor  # (batch, labels) float32, NaN: not rated
     sample_rate: int = 16000  # Hz
     is_shortened: list[bool] = field(default_factory=list)  # whether frames were cut off
+    places: list[int] = field(default_factory=list)  # in a step of training: 2 j and 2 j + 1 are a pair
 
     def __len__(self) -> int:
         return len(self.index)
@@ -86,8 +87,9 @@ def collate(
         row[: len(item.waveform)] = torch.from_numpy(item.waveform)
     targets = torch.from_numpy(np.stack([item.targets for item in items]))
     targets = targets.pin_memory() if is_pinned else targets
-    index, uids, is_shortened = zip(*((item.index, item.uid, item.is_shortened) for item in items), strict=True)
-    return Batch(list(index), list(uids), waveform, lengths, targets, sample_rate, list(is_shortened))
+    names = ("index", "uid", "is_shortened", "place")
+    index, uids, is_shortened, places = ([getattr(item, name) for item in items] for name in names)
+    return Batch(index, uids, waveform, lengths, targets, sample_rate, is_shortened, places)
 
 # %% ../nbs/05_batch.ipynb #e91422be
 class Reader:
@@ -191,16 +193,15 @@ def read_steps(
     epoch: int,  # decides on the order
     stop: Event,  # set when nobody wants the rest
 ) -> Iterator[list[Item]]:
-    "This process's recordings of each step; of several processes each takes part in every step, if with none."
-    rng, is_shared = np.random.default_rng([batches.seed, epoch]), batches.share[1] > 1
+    "This process's recordings of each step; there may be none in a step."
+    rng = np.random.default_rng([batches.seed, epoch])
     shares = steps(batches.n_recordings, batches.limits["max_items"], rng, *batches.share)
     items = batches.source.read([(i, epoch) for share in shares for i in share])
     for share in shares:
         group = list(set_aside(islice(items, len(share)), batches.notes.failures))
         if stop.is_set():
             return
-        if group or is_shared:
-            yield group
+        yield [replace(item, place=share.index(item.index)) for item in group]
     next(items, None)  # tells the workers that the pass is over
 
 

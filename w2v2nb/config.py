@@ -76,14 +76,13 @@ def embedding_conflicts(
     "What is wrong in combination with what an embedding should be made of."
     is_own, given, clip_s = config.embedding != "layer", config.model_fields_set, config.clip_length / config.resample_rate
     beside = [name for name in ("layer", "pooling_mode") if name in given and is_own]
-    poolings, cut = config.pooling_mode.split(","), [n for n in ("window", "frames", "chunk_s") if getattr(config, n)]
+    poolings = config.pooling_mode.split(",")
     checks = {
         f"embedding is {config.embedding} but that is a fine-tuned model's: give mdl_path": is_own and not config.mdl_path,
         f"embedding {config.embedding} has the model's own layer and pooling: leave out {' and '.join(beside)}": beside,
         "layer is weighted but the weights are a fine-tuned model's: give mdl_path and embedding pooled": config.layer
         == "weighted",
         "pooling_mode attention is a fine-tuned model's: give mdl_path and embedding pooled": "attention" in poolings,
-        f"pooling_mode mean+std is of whole recordings: leave out {' and '.join(cut)}": "mean+std" in poolings and cut,
         "frames and window are both set: choose one": config.frames and config.window,
         "frames are not pooled: leave out pooling_mode": config.frames and "pooling_mode" in given,
         f"frames are of a layer, not of embedding {config.embedding}: choose one": config.frames and is_own,
@@ -205,7 +204,7 @@ def search_problems(
     config: Config,  # search, and all that stays the same
 ) -> list[str]:
     "What is wrong in the text of search, or with the first combination of its values that cannot be."
-    from w2v2nb.search import grid, parse_space  # only now, since it takes torch
+    from w2v2nb.search import grid, parse_space
 
     try:
         space = parse_space(config.search)
@@ -217,6 +216,12 @@ def search_problems(
     if unknown:
         near = get_close_matches(unknown[0], searchable(), n=1)
         return [f"search cannot vary {unknown[0]}" + (f", did you mean {near[0]}?" if near else "; it is no part of a model")]
+    scaled = [name for name in ("loss", "pos_weight", "focal_gamma", "label_smoothing") if name in space]
+    if scaled and config.monitor == "loss":
+        return [f"search varies {' and '.join(scaled)}, which change what the validation loss means: give monitor auc"]
+    layers = space.get("layer", [])
+    if "all" in layers or isinstance(layers, tuple) and min(layers) < 0:
+        return [f"search has layer {layers}, but it takes numbers from 0, or weighted: list the layers, as in layer=0,6,12"]
     fixed = config.model_dump(exclude_unset=True, exclude={"search", "trials"})
     for values in islice(product(*space.values()), 1000):
         settings = dict(zip(space, values, strict=True))

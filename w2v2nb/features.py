@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from . import __version__
+from .adapt import merged_state
 from .batch import Batch, Batches, Failure, Notes
 from .cache import VectorCache
 from .encoder import Encoder, pool
@@ -29,7 +30,7 @@ def fingerprint_encoder(
 ) -> str:
     "SHA-256 over the encoder's weights, architecture and preprocessing."
     found = hashlib.sha256(json.dumps(encoder.to_json(), sort_keys=True).encode())
-    for name, weight in sorted(encoder.state_dict().items()):
+    for name, weight in sorted(merged_state(encoder).items()):  # adapters count by what they do
         found.update(name.encode())
         found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
@@ -188,6 +189,7 @@ class FeatureBatch:
     uids: list[str]
     features: torch.Tensor  # (batch, layers, width) float32
     targets: torch.Tensor  # (batch, labels) float32, NaN: not rated
+    places: list[int] = field(default_factory=list)  # in a step of training: 2 j and 2 j + 1 are a pair
 
     audio_s = 0.0  # no audio is read
 
@@ -233,9 +235,9 @@ class FeatureBatches:
         self.notes = replace(self.given, failures=[*self.given.failures])  # a pass may add some
         rng = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
         for step in steps(self.n_recordings, self.max_items, rng, *self.share):
-            rows = [i for i in step if self.is_there[i]]
-            if rows or self.share[1] > 1:
-                yield FeatureBatch(rows, [self.uids[i] for i in rows], self.features[rows], self.targets[rows])
+            places = [place for place, i in enumerate(step) if self.is_there[i]]
+            rows = [step[place] for place in places]
+            yield FeatureBatch(rows, [self.uids[i] for i in rows], self.features[rows], self.targets[rows], places)
 
     def close(self) -> None:
         "Nothing to let go of."

@@ -47,7 +47,8 @@ def find_layers(
     "All layers that some training of the run needs, resolved."
     from w2v2nb.search import parse_space
 
-    asked = [config.layer, *(parse_space(config.search).get("layer", []) if config.search else [])]
+    asked = (parse_space(config.search) if config.search else {}).get("layer", [config.layer])
+    asked = range(asked[0], asked[1] + 1) if isinstance(asked, tuple) else asked
     if {"all", "weighted"} & {str(layer) for layer in asked}:
         return list(range(n_layers + 1))
     numbers = {int(layer) for some in asked for layer in str(some).split(",")}
@@ -68,6 +69,8 @@ class Material:
         self.rows = {uid: row for row, uid in enumerate(self.table["uid"])}
         self.tables: dict[str, FeatureTable] = {}  # by pooling
         self.notes: list[dict] = []  # of this process's passes
+        self.work: Path | None = None  # of the run, with the work folders of its trainings
+        self.board: Path | None = None  # TensorBoard's folder, with one for each training
 
     def make_model(self, config: Config, classifiers: list[list[str]]) -> Classifier:
         "A classifier with new heads; an encoder that trains is used only once."
@@ -170,13 +173,11 @@ class Watch:
         self,
         trainer: Trainer,  # in training
         work: Path,  # for the state
-        folder: RunFolder | None = None,  # for the history and TensorBoard; None: neither, nor curves
-        log: str | None = None,  # tensorboard, or none
+        folder: RunFolder | None = None,  # for the history; None: none is written, and no curves are shown
+        board: Path | None = None,  # folder for TensorBoard
     ):
-        self.trainer, self.work, self.folder = trainer, work, folder
-        is_shown = folder is not None and not process_number()
-        self.curves = LiveCurves(trainer.settings.monitor) if is_shown else None
-        self.board = BoardWriter(folder / "tensorboard") if is_shown and log else None
+        self.trainer, self.work, self.folder, self.board_folder, self.board = trainer, work, folder, board, None
+        self.curves = LiveCurves(trainer.settings.monitor) if folder and not process_number() else None
 
     def __call__(self, row: dict) -> None:
         if process_number():
@@ -186,7 +187,8 @@ class Watch:
             write_result(self.folder / "history.csv", self.trainer.history)
             print(format_row(row), flush=True)
             self.curves.update(self.trainer.history)
-        if self.board:
+        if self.board_folder:
+            self.board = self.board or BoardWriter(self.board_folder)
             self.board.write(row)
 
     def close(self) -> None:
@@ -213,7 +215,8 @@ def train_model(
         print(f"going on after epoch {len(trainer.history)}")
     elif folder:
         print(describe_time(trainer, train))
-    watch = Watch(trainer, work, folder, config.log)
+    board = material.board and material.board / work.relative_to(material.work)
+    watch = Watch(trainer, work, folder, board)
     with closing(watch), closing(train), closing(validation or train):
         try:
             fit(trainer, train, validation, config.epochs, watch)

@@ -40,9 +40,10 @@ def take(
 ) -> Batch:
     "Some recordings of a batch, padded to the longest of them."
     lengths = batch.lengths[items]
-    index, uids, is_shortened = ([values[i] for i in items] for values in (batch.index, batch.uids, batch.is_shortened))
+    lists = (batch.index, batch.uids, batch.is_shortened, batch.places)
+    index, uids, is_shortened, places = ([values[i] for i in items] for values in lists)
     waveform = batch.waveform[items, : int(lengths.max())]
-    return Batch(index, uids, waveform, lengths, batch.targets[items], batch.sample_rate, is_shortened)
+    return Batch(index, uids, waveform, lengths, batch.targets[items], batch.sample_rate, is_shortened, places)
 
 
 def with_backoff(

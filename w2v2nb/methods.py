@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['read_layers', 'read_model_recipe', 'read_recipe', 'head_options', 'make_model', 'read_weights', 'read_objective',
-           'read_cache']
+           'check_ratings', 'read_cache']
 
 # %% ../nbs/13e_methods.ipynb #4dbe9dff
+import numpy as np
 import pandas as pd
 import torch
 
 from .cache import VectorCache, cache_dir
-from .config import Config, read_tune
+from .config import Config, needs_validation, read_tune
 from .data import read_targets
 from .encoder import Encoder
 from .extract import Recipe
@@ -41,7 +42,7 @@ def read_model_recipe(
     "What extraction computes with a fine-tuned model. Raises `ValueError` for parts of recordings where it needs them whole."
     is_learned = model.layer == "weighted" or model.pooling == "attention"
     given = [name for name in ("window", "chunk_s") if getattr(config, name)]
-    if given and (is_learned or model.pooling == "mean+std"):
+    if given and is_learned:
         how = f"{model.pooling} of layer {model.layer}"
         raise ValueError(f"the model takes {how}, which is of whole recordings: leave out {' and '.join(given)}")
     dense = [head.features for head in model.heads] if config.embedding == "dense" else []
@@ -114,21 +115,41 @@ def read_objective(
     "What training makes small. Raises `ValueError` for ratings that the loss cannot use."
     labels = sum(classifiers, [])
     targets = torch.from_numpy(read_targets(table, labels, target_scale(config, config.loss)))
-    if config.loss == "CE":
-        check_exclusive(targets, classifiers, table["uid"].tolist())
     options = dict(gamma=config.focal_gamma, smoothing=config.label_smoothing)
     return Objective(config.loss, [len(group) for group in classifiers], read_weights(config, targets), **options)
 
 # %% ../nbs/13e_methods.ipynb #6edbc0ab
+def check_ratings(
+    config: Config,  # loss, scale, monitor
+    classifiers: list[list[str]],  # labels of each head
+    parts: dict[str, pd.DataFrame],  # tables by part
+) -> list[str]:
+    "Sentences about ratings that say little. Raises `ValueError` for those that nothing can be learned or chosen by."
+    labels, targets = sum(classifiers, []), {}
+    for part, table in parts.items():
+        targets[part] = read_targets(table, labels, target_scale(config, config.loss))
+        if config.loss == "CE":
+            check_exclusive(torch.from_numpy(targets[part]), classifiers, table["uid"].tolist())
+    if np.isnan(targets["train"]).all():
+        raise ValueError(f"none of {len(targets['train'])} recordings to learn from is rated on any label; fill the ratings in")
+    present = read_targets(parts["val"], labels, config.scale) if "val" in parts else np.array([[0], [1]])
+    if ((present == 0).any(0) & (present == 1).any(0)).any() or config.monitor == "loss":
+        return []
+    sentence = "no label is rated both present and absent in the validation recordings, so their AUC says nothing"
+    if needs_validation(config):
+        raise ValueError(f"{sentence}; give another val_share or val.csv, or monitor loss")
+    return [f"{sentence}: the last epoch is taken"]
+
+# %% ../nbs/13e_methods.ipynb #9d167b0d
 def read_cache(
     config: Config,  # cache, cache_dir, cache_gb
 ) -> VectorCache | None:
     "The cache of features; None where none is wanted, or where there is no place for it. Raises `OSError` for a given one."
-    if not config.cache:
+    if not config.cache or not config.cache_gb:
         return None
     try:
         folder = cache_dir(config.cache_dir)
-        print(f"features are kept in {folder} for later runs; --cache False keeps none")
+        print(f"features are kept in {folder} for later runs; --cache_gb 0 keeps them in memory only")
         return VectorCache(folder, int(config.cache_gb * 1e9))
     except OSError as e:
         if config.cache_dir:

@@ -50,6 +50,8 @@ def predict(
 
     with progress(batches.n_recordings, description, is_shown=isinstance(batches, Batches)) as bar:
         for batch in batches:
+            if not batch.index:
+                continue
             pieces = [(batch, run(batch))] if isinstance(batch, FeatureBatch) else with_backoff(run, batch)
             for piece, found in pieces:
                 if isinstance(found, Failure):

@@ -34,8 +34,7 @@ def make_accelerator(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    if count_processes() == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=count_processes() == 1)
     is_cpu = torch.device(device).type == "cpu"
     return Accelerator(cpu=is_cpu, mixed_precision="fp16" if scales_loss else "no")
 

@@ -49,9 +49,11 @@ def working(
     "Context manager around the work: yields the work folder. Only the first process writes."
     if process_number():
         folder.about = {"name": run_name(config)} | folder.about
+        gather(None)  # the first process may have to remove an old run
         yield folder / "work"
     else:
         with recording(folder, config, fingerprints, warnings) as work:
+            gather(None)
             yield work
 
 

@@ -12,7 +12,6 @@ from contextlib import closing, nullcontext, redirect_stdout
 
 import numpy as np
 import pandas as pd
-import torch
 
 from .backbone import pick_device
 from .config import Config, checking
@@ -34,12 +33,12 @@ from w2v2nb.inputs import (
     read_table,
     target_scale,
 )
-from .methods import read_cache, read_recipe
+from .methods import check_ratings, read_cache, read_recipe
 from .model import Classifier
 from .parts import merge_parts, read_progress, rows_done
 from .processes import count_processes, gather, make_accelerator, process_number
 from .results import fingerprint_inputs, finish, working, write_evaluation
-from .study import change_trial, cross_validate, propose_trial, read_space, train_and_test
+from .study import change_trial, check_space, cross_validate, propose_trial, read_space, train_and_test
 from .train import take_notes
 
 # %% ../nbs/14_run.ipynb #2981e71b
@@ -117,11 +116,13 @@ def finetune(
         labels = sum(classifiers, [])
         rounds = read_folds(config, labels) if config.folds else []
         parts = rounds[0][1] if rounds else read_parts(config, labels)
+        found = [sentence for tables in [parts, *(tables for _, tables in rounds[1:])] for sentence in check_ratings(config, classifiers, tables)]
         material = Material(config, pd.concat(parts.values()), load_encoder(config))
         space = read_space(config, material.encoder)
+        check_space(space, material.encoder)
         fingerprints = fingerprint_inputs(config, material.encoder)
         check_inputs(folder, config, fingerprints)
-        warnings = compare_sound(config, material.encoder) + find_unused(config) + find_unknown_people(parts)
+        warnings = compare_sound(config, material.encoder) + find_unused(config) + find_unknown_people(parts) + found
         first = change_trial(config, propose_trial(config, space, [])) if space else config
         model = material.make_model(first, classifiers)
         make_trainer(first, model, parts["train"])
@@ -129,6 +130,7 @@ def finetune(
         for table in parts.values():
             share_batches(first, table, labels, model)
     with working(folder, config, fingerprints, warnings) as work:
+        material.work, material.board = work, folder / "tensorboard" if config.log else None
         print(describe(parts, model, config.scale))
         del model  # an encoder that trains is read anew, and there need not be two
         follow, tables = (cross_validate, rounds) if rounds else (train_and_test, parts)

@@ -103,7 +103,9 @@ def status(
     about, is_running = folder.about, state == "running"
     told = {"run": f"{about['mode']}, {about['name']}, in {folder.path}", "state": ADVICE.get(state, state)}
     if state == "failed":
-        told["state"] += f": {about.get('error')}; the same command with --resume goes on"
+        error = str(about.get("error"))
+        remedy = "begin anew with --overwrite" if "FloatingPointError" in error else "the same command with --resume goes on"
+        told["state"] += f": {error}; {remedy}"
     measure = {"extraction": measure_extraction, "finetune": measure_epochs}.get(about["mode"])
     told |= measure(folder, is_running) if measure else {}
     counts = {"rows": "rows written", "failures": "failed", "shortened": "shortened"}

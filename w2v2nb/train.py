@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,11 +53,11 @@ def divide(
     n_pieces: int,  # at most
 ) -> list[Batch]:
     "Pieces of about the same size; one of features, which are small."
-    n = len(batch.index)
-    size = 2 * math.ceil(n / (2 * n_pieces)) or 1
-    if n <= size or isinstance(batch, FeatureBatch):
-        return [batch] if n else []
-    return [take(batch, list(range(first, min(first + size, n)))) for first in range(0, n, size)]
+    pairs = [list(pair) for _, pair in groupby(range(len(batch.index)), key=lambda i: batch.places[i] // 2)]
+    size = math.ceil(len(pairs) / n_pieces)
+    if len(pairs) <= size or isinstance(batch, FeatureBatch):
+        return [batch] if pairs else []
+    return [take(batch, sum(pairs[first : first + size], [])) for first in range(0, len(pairs), size)]
 
 # %% ../nbs/10_train.ipynb #8b7d9896
 def draw_share(
@@ -68,10 +69,11 @@ def draw_share(
 
 
 def find_partners(
-    n: int,  # recordings
+    places: list[int],  # of each recording in its step
 ) -> torch.Tensor:
-    "The neighbour of each in its pair, (n,); itself for the last one of an odd number."
-    return (torch.arange(n) ^ 1).clamp(max=max(n - 1, 0))
+    "The position of each recording's partner, (recordings,); its own where there is none."
+    where = {place: i for i, place in enumerate(places)}
+    return torch.tensor([where.get(place ^ 1, i) for i, place in enumerate(places)])
 
 # %% ../nbs/10_train.ipynb #93fa25f1
 def sum_losses(
@@ -86,7 +88,7 @@ def sum_losses(
     targets = batch.targets.to(embedding.device)
     if share == 1:
         return objective.total(model.classify(embedding, chance), targets)
-    partners = find_partners(len(targets)).to(embedding.device)
+    partners = find_partners(batch.places).to(embedding.device)
     outputs = model.classify(share * embedding + (1 - share) * embedding[partners], chance)
     return share * objective.total(outputs, targets) + (1 - share) * objective.total(outputs, targets[partners])
 

@@ -23,6 +23,7 @@ class Item:
     targets: np.ndarray  # (labels,) float32, NaN: not rated
     is_shortened: bool = False  # whether samples were cut off
     metadata_problem: str | None = None  # a sentence where its metadata.json is wrong
+    place: int = 0  # in its process's share of a step of training, see `steps`
 
 # %% ../nbs/04b_windows.ipynb #8b635aa1
 def cut(
