@@ -35,7 +35,9 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     x = torch.ones(40, 1000)
     dropped = Chance(list(range(40))).drop(x, 0.25)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
-    assert torch.equal(dropped[dropped != 0].unique(), torch.tensor([1 / 0.75])) and dropped.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(dropped[dropped != 0].unique(), torch.tensor([1 / 0.75])) and dropped.mean().item() == pytest.approx(
+        1, abs=0.02
+    )
     assert Chance([1]).drop(x[:1], 0) is not None and torch.equal(Chance([1]).drop(x[:1], 0), x[:1])
 
 

@@ -75,8 +75,6 @@ def test_text_is_read_as_the_command_line_reads_it(name, text, value):
         (dict(layer=1.5), "layer is 1.5 but should be"),
         (dict(layer="weighted"), "layer is weighted but the weights are a fine-tuned model's: give mdl_path"),
         (dict(pooling_mode="mean,attention"), "pooling_mode attention is a fine-tuned model's: give mdl_path"),
-        (dict(pooling_mode="max,mean+std", window=1), "pooling_mode mean+std is of whole recordings: leave out window"),
-        (dict(pooling_mode="mean+std", chunk_s=30, clip_length=0), "of whole recordings: leave out chunk_s"),
         (dict(layer="all,1"), "layer is 'all,1' but should be"),
         (dict(window=-1), "window is -1 but should be greater than or equal to 0"),
         (dict(hop=0, window=1), "hop is 0 but should be greater than 0"),

@@ -101,7 +101,7 @@ def test_what_is_of_other_audio_or_another_column_has_another_key(encoder, monke
     louder[800] += 1e-6
     found = [keys_of(encoder, x) for x in (waveform, louder, shorter)]
     found += [keys_of(encoder, waveform, layers=[2]), keys_of(encoder, waveform, poolings=["max"])]
-    monkeypatch.setattr(module, "__version__", "0.0.0")
+    monkeypatch.setattr(module, "NUMERICS", 0)
     found += [keys_of(encoder, waveform)]
     assert len({key for keys in found for key in keys}) == 6
 

@@ -171,7 +171,18 @@ def test_tensorboard_has_the_history_that_the_table_has(split, tmp_path):
 
 @pytest.mark.parametrize("flags", ["", "--cache False", "--tune top:1"])
 def test_a_training_that_runs_away_is_one_line_and_exit_status_1(split, tmp_path, capsys, flags):
-    arguments = ["-i", samples.prefix(), "-d", str(split), "-l", samples.label_txt(), "-c", samples.checkpoint(), "--device", "cpu"]
+    arguments = [
+        "-i",
+        samples.prefix(),
+        "-d",
+        str(split),
+        "-l",
+        samples.label_txt(),
+        "-c",
+        samples.checkpoint(),
+        "--device",
+        "cpu",
+    ]
     assert main(["finetune", *arguments, "-o", str(tmp_path / "x"), *"-e 3 -lr 1e30 --dataset s".split(), *flags.split()]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("w2v2nb: the ") and "lower --learning_rate" in error and "--resume goes on" in error

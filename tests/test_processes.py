@@ -30,7 +30,16 @@ def read(path):
 
 def command(n):
     "What starts `python -m w2v2nb` in n processes, at a free port."
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(n),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
     return [sys.executable, *launcher, "-m", "w2v2nb"]
 
 
@@ -140,7 +149,7 @@ def test_one_process_is_all_there_is():
 def test_only_fine_tuning_runs_in_several_processes(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     given = dict(prefix=samples.prefix(), data_split_root=f"{samples.split_root()}/test.csv", exp_dir=str(tmp_path / "x"))
-    with pytest.raises(ConfigError, match="2 processes were started but extraction runs in one process: start it without torchrun"):
+    with pytest.raises(ConfigError, match="2 processes were started but extraction runs in one"):
         configure("extraction", checkpoint=samples.checkpoint(), **given)
 
 

@@ -10,6 +10,7 @@ import pytest
 from w2v2nb import samples
 from w2v2nb.config import ConfigError, configure
 from w2v2nb.run import start
+from w2v2nb.study import measure_folds
 
 DATA = Path(os.environ.get("W2V2NB_DATA", "none"))
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="real recordings: W2V2NB_DATA should name their folder")
@@ -50,6 +51,26 @@ def test_extraction_without_subjects(tmp_path):
     where = dict(data_split_root=str(tmp_path / "t.csv"), exp_dir=str(tmp_path / "x"))
     folder = start(configure("extraction", **given("coffee"), **where))
     assert folder.about["counts"]["rows"] == 30
+
+
+def test_labels_that_were_shuffled_are_not_found_on_people_who_were_held_out(tmp_path):
+    "What would find them sees the people it is measured on; the same recipe finds the labels that are true."
+    table, found = read(DATA / "svd" / "all.csv"), {}
+    (tmp_path / "labels.txt").write_text("female\n")
+    for kind in ("true", "shuffled"):
+        if kind == "shuffled":
+            people = table.drop_duplicates("subject").set_index("subject").female
+            shuffled = pd.Series(np.random.default_rng(1).permutation(people), people.index)
+            table["female"] = table.subject.map(shuffled)
+        table.to_csv(tmp_path / f"{kind}.csv", index=False)
+        where = dict(data_split_root=str(tmp_path / f"{kind}.csv"), label_txt=str(tmp_path / "labels.txt"))
+        how = dict(loss="BCE", learning_rate=0.003, epochs=10, layer=1, folds=4, val_share=0.2, clip_length=32000)
+        folder = start(configure("finetune", **given("svd"), **where, **how, exp_dir=str(tmp_path / f"x-{kind}")))
+        predictions, metrics = read(folder / "predictions.csv"), read(folder / "metrics.csv")
+        assert sorted(predictions.uid) == sorted(table.uid)
+        found[kind] = metrics.AUC_mean[0]
+        assert measure_folds(predictions, ["female"])[1].AUC_mean[0] == pytest.approx(found[kind])
+    assert found["true"] > 0.7 and 0.35 < found["shuffled"] < 0.62, found
 
 
 def test_matched_pairs_stay_together(tmp_path):

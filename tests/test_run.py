@@ -272,7 +272,7 @@ def test_no_row_is_exit_status_1(tmp_path, capsys):
     assert not (tmp_path / "x" / "t_embeddings.parquet").exists() and (tmp_path / "x" / "t_failures.csv").exists()
 
 
-@pytest.mark.parametrize("cache, n_read", [(True, 24 + 12 + 16), (False, 24 + 12)])  # kept features are read for all parts at once
+@pytest.mark.parametrize("cache, n_read", [(True, 24 + 12 + 16), (False, 24 + 12)])  # kept: all parts
 def test_training_recordings_that_cannot_be_read_leave_no_model(tmp_path, small, cache, n_read):
     (tmp_path / "audio").mkdir()
     folder = start(tune(small, tmp_path / "x", prefix=str(tmp_path / "audio"), cache=cache))
@@ -543,9 +543,7 @@ def test_an_interrupted_training_leaves_a_model_and_goes_on(small, tmp_path, fla
     given = dict(SHIPPED, data_split_root=str(small / "val.csv"), mdl_path=str(folder / "model"), clip_length=32000)
     measured = start(configure("eval-only", **given, exp_dir=str(tmp_path / "e")))
     assert read(measured / "metrics.csv").AUC.mean() == pytest.approx(history.metric.max(), abs=1e-6)
-    n = len(history) + 1
-    torch_state = folder / "work" / "state.pt"
-    assert len(torch.load(torch_state, weights_only=True)["history"]) == len(history) < n
+    assert len(torch.load(folder / "work" / "state.pt", weights_only=True)["history"]) == len(history)
 
 
 def kill_when(arguments, happened):
@@ -696,16 +694,77 @@ def test_a_training_killed_at_any_moment_resumes_to_the_same_model(small, tmp_pa
     pd.testing.assert_frame_equal(*(read(folder / "predictions.csv") for folder in folders), check_exact=True)
 
 
+METHODS = {
+    "BCE auto": dict(loss="BCE", pos_weight="auto", label_smoothing=0.1, mixup=0.3),
+    "focal": dict(loss="focal", pos_weight="1,2,3,4,5", focal_gamma=1, head_size=8, activation="silu", layer_norm=True),
+    "CE": dict(loss="CE", label_smoothing=0.1, shared_dense=True),
+    "CORN": dict(loss="CORN", scale="clinical", separate_heads=True),
+    "weighted": dict(layer="weighted", pooling_mode="mean+std"),
+    "attention": dict(pooling_mode="attention", loss="BCE", layer=2),
+    "lora": dict(tune="lora", lora_rank=4, lora_targets="q_proj,k_proj,output_dense", layer_decay=0.9),
+    "all": dict(tune="all", augment="noise,speed,pitch,stretch,reverb,specaugment", precision="bf16", clip_norm=1),
+    "transformer": dict(tune="transformer", layer="weighted", pooling_mode="max", shared_dense=True, accumulate=3),
+}
+
+
+@pytest.fixture(scope="module")
+def rated(small, tmp_path_factory):
+    "Splits for the methods: as they are, with exclusive labels, with grades from 1 to 5."
+    root = tmp_path_factory.mktemp("rated")
+    for kind in ("CE", "CORN"):
+        (root / kind).mkdir()
+        for part in ("train", "val", "test"):
+            table = read(small / f"{part}.csv")
+            if kind == "CE":
+                table["neither"] = 1 - table[["slow rate", "rapid rate"]].max(axis=1, skipna=False)
+            else:
+                grades = np.random.default_rng(0).integers(2, 6, (len(table), len(LABELS)))
+                table[LABELS] = np.where(table[LABELS].isna(), -1, np.where(table[LABELS] == 0, 1, grades))
+            table.to_csv(root / kind / f"{part}.csv", index=False)
+    (root / "CE" / "labels.txt").write_text("slow rate, rapid rate, neither\n")
+    return root
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_is_saved_measures_the_same_again_and_extracts(small, rated, tmp_path, name):
+    changes = METHODS[name]
+    split = rated / name if (rated / name).exists() else small
+    labels = rated / "CE" / "labels.txt" if name == "CE" else samples.label_txt()
+    given = dict(label_txt=str(labels), epochs=2, clip_length=16000, dataset="m", optim="adamw", schedule="cosine", warmup=0.2)
+    tuned = start(tune(split, tmp_path / "t", **given | changes))
+    history, metrics = read(tuned / "history.csv"), read(tuned / "metrics.csv")
+    assert history[["train_loss", "validation_loss", "metric"]].notna().all(axis=None) and metrics.AUC.notna().any()
+    scores = read(tuned / "predictions.csv").filter(like="_score")
+    if name == "CORN":
+        assert scores.ge(1).all(axis=None) and scores.le(5).all(axis=None)
+        assert read(tuned / "predictions.csv").filter(like="_target").max(axis=None) > 1
+    if name == "CE":
+        np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-5)
+    again = dict(SHIPPED, mdl_path=str(tuned / "model"), data_split_root=str(split / "test.csv"), clip_length=16000)
+    again |= {key: changes[key] for key in ("precision",) if key in changes}
+    scale = dict(scale="clinical") if name == "CORN" else {}
+    measured = start(configure("eval-only", **again, **scale, exp_dir=str(tmp_path / "e")))
+    atol = 2e-2 if "precision" in changes else 1e-5
+    for table in ("metrics.csv", "predictions.csv"):
+        pd.testing.assert_frame_equal(read(measured / table), read(tuned / table), rtol=0, atol=atol)
+    for embedding in ("pooled", "dense"):
+        folder = start(configure("extraction", **again, exp_dir=str(tmp_path / embedding), embedding=embedding))
+        table = pd.read_parquet(folder / "embeddings.parquet")
+        assert table.uid.tolist() == read(split / "test.csv").uid.tolist()
+        assert all(np.isfinite(np.stack(table[column])).all() for column in list(table)[1:])
+
+
 @pytest.mark.parametrize("flags", ["--search learning_rate=0.01,0.001;dropout=0,0.5", "--folds 3 --search dropout=0,0.5"])
 def test_a_study_killed_at_any_moment_resumes_to_the_same_result(small, tmp_path, flags):
     arguments = ["finetune", "-i", samples.prefix(), "-d", str(small), "-l", samples.label_txt(), "-c", samples.checkpoint()]
-    arguments += ["-e", "30", "--dataset", "s", "--device", "cpu", "--val_share", "0.3", "--clip_length", "32000"]
+    arguments += ["-e", "12", "--dataset", "s", "--device", "cpu", "--val_share", "0.3", "--clip_length", "32000"]
     arguments += flags.split()
     killed, work = [*arguments, "-o", str(tmp_path / "killed")], tmp_path / "killed" / "s_work"
     wait_s, seen = np.random.default_rng().uniform(0, 0.5), []
 
     def happened():
-        seen.extend([time.monotonic()] if not seen and list(work.rglob("trial.json")) else [])
+        trials = [*work.glob("trial_*/trial.json"), *work.glob("fold_*/trial_*/trial.json")]
+        seen.extend([time.monotonic()] if not seen and trials else [])
         return seen and time.monotonic() >= seen[0] + wait_s
 
     was_running = kill_when(killed, happened)
@@ -725,8 +784,8 @@ def test_a_study_killed_at_any_moment_resumes_to_the_same_result(small, tmp_path
         assert repeated == done
     assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0
     folders = [RunFolder(tmp_path / name) for name in ("killed", "whole")]
-    names = ("folds.csv", "predictions.csv", "metrics.csv") if "folds" in flags else ("search.csv", "history.csv", "predictions.csv")
-    for name in names:
+    names = ("folds.csv", "metrics.csv") if "folds" in flags else ("search.csv", "history.csv")
+    for name in (*names, "predictions.csv"):
         one, other = (read(folder / name).drop(columns="seconds", errors="ignore") for folder in folders)
         pd.testing.assert_frame_equal(one, other, check_exact=True)
 

@@ -14,7 +14,7 @@ from w2v2nb.data import read_annotations
 from w2v2nb.encoder import Encoder
 from w2v2nb.model import Classifier
 from w2v2nb.run import start
-from w2v2nb.study import measure_folds
+from w2v2nb.crossing import measure_folds
 
 LABELS = ["slow rate", "rapid rate", "strained", "breathy", "monopitch"]
 
@@ -38,7 +38,9 @@ def table(tmp_path_factory):
     "One table of 40 recordings, with the voices in pairs."
     path = tmp_path_factory.mktemp("table") / "all.csv"
     table = read_annotations(f"{samples.split_root()}/train.csv").iloc[::2].head(40)
-    table.assign(pair=table.subject.map({s: f"p{i // 2}" for i, s in enumerate(table.subject.unique())})).to_csv(path, index=False)
+    table.assign(pair=table.subject.map({s: f"p{i // 2}" for i, s in enumerate(table.subject.unique())})).to_csv(
+        path, index=False
+    )
     return path
 
 
@@ -120,7 +122,10 @@ def test_a_grid_is_tried_in_full_and_judged_as_asked(split, tmp_path, monitor):
     assert history.learning_rate.unique().tolist() == [best.learning_rate]
     assert history.iloc[int(best.best_epoch) - 1].validation_loss == pytest.approx(best.validation_loss)
     model = Classifier.load(folder / "model", device="cpu")
-    assert model.head["dropout"] == best.dropout and model.heads[0].features(model.encoder.embed([np.zeros(16000)])).shape == (1, 4)
+    assert model.head["dropout"] == best.dropout and model.heads[0].features(model.encoder.embed([np.zeros(16000)])).shape == (
+        1,
+        4,
+    )
 
 
 def test_a_study_has_its_number_of_trials_in_the_ranges_and_can_be_repeated(split, tmp_path):
@@ -176,7 +181,8 @@ def test_the_test_table_has_no_say_in_the_choice(split, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(search="learning_rate=0.01,0.003,0.0001"), dict(search="learning_rate=1e-4:1e-2", trials=3), dict(layer="0,1,-1")]
+    "changes",
+    [dict(search="learning_rate=0.01,0.003,0.0001"), dict(search="learning_rate=1e-4:1e-2", trials=3), dict(layer="0,1,-1")],
 )
 def test_a_search_that_was_stopped_repeats_no_trial(split, tmp_path, interrupted, monkeypatch, changes):
     whole = start(tune(split, tmp_path / "whole", **changes))
@@ -232,7 +238,8 @@ def test_the_tables_of_a_cross_validation_say_what_its_predictions_say(table, tm
     assert list(folds)[:6] == ["repeat", "fold", "Label", "AUC", "n_pos", "n_neg"] and len(folds) == 2 * 3 * len(LABELS)
     assert metrics.Label.tolist() == LABELS and {"AUC", "n_pos", "n_neg", "AUC_mean", "AUC_sd"} <= {*metrics}
     for row in folds.itertuples():
-        held = predictions[(predictions.repeat == row.repeat) & (predictions.fold == row.fold)].dropna(subset=f"{row.Label}_target")
+        held = predictions[(predictions.repeat == row.repeat) & (predictions.fold == row.fold)]
+        held = held.dropna(subset=f"{row.Label}_target")
         target, score = held[f"{row.Label}_target"], held[f"{row.Label}_score"]
         assert (target == 1).sum() == row.n_pos and (target == 0).sum() == row.n_neg
         if target.nunique() == 2:

@@ -163,10 +163,11 @@ PREPARED = WeakKeyDictionary()  # backbone -> its weights' stamp, and what was p
 def prepare(
     backbone: Backbone,  # with its weights
 ) -> tuple[dict, dict]:
-    "Weights for `run_front_end` and `run_transformer`, made anew only when a weight has changed, or for a gradient."
+    "Weights for `run_front_end` and `run_transformer`, made anew only when a weight has changed, or while one trains."
     model, config, dtype = backbone.model, backbone.config, PRECISIONS[backbone.precision]
     weights = [*backbone.parameters(), *backbone.buffers()]
-    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+    if any(weight.requires_grad for weight in weights):  # a fused optimiser changes weights without a trace
+        PREPARED.pop(backbone, None)
         return prepare_front_end(model, config, dtype), prepare_transformer(model, config, dtype)
     stamp = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
     if PREPARED.get(backbone, (None,))[0] != stamp:

@@ -12,6 +12,7 @@ import sqlite3
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
@@ -74,6 +75,8 @@ def connect(
     "Open a cache. Raises `sqlite3.DatabaseError` for a file that is damaged or not a cache, `OSError` where none can be made."
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    with suppress(OSError):  # of another owner
+        path.chmod(0o600)
     connection = sqlite3.connect(path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
     try:
         for setting in ("synchronous = OFF", *(NEW if path.stat().st_size == 0 else ())):

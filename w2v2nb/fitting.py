@@ -29,15 +29,16 @@ from .model import Classifier
 from .optim import make_optimizer, make_schedule
 from .processes import count_processes, make_accelerator, merge_rows, process_number
 from .results import save_model, write_result
-from .train import Settings, Trainer, estimate_epoch_s, fit, load_state, save_state, take_notes, trainable
+from .train import Settings, Trainer, estimate_epoch_s, fit, is_done, load_state, save_state, take_notes, trainable
 
 # %% ../nbs/13g_fitting.ipynb #ff11de64
 def keeps_features(
     config: Config,  # cache and augment
     model: Classifier,  # says whether its features are fixed
+    is_training: bool = False,  # of recordings to learn from, which may be augmented
 ) -> bool:
     "Whether features are computed once rather than in every epoch."
-    return config.cache and model.has_fixed_features and not config.augment
+    return config.cache and model.has_fixed_features and not (is_training and config.augment)
 
 
 def find_layers(
@@ -111,15 +112,15 @@ def make_batches(
     is_training: bool = False,  # shuffled
 ) -> Batches | FeatureBatches:
     "Batches of a part's features where these are fixed, else of its recordings."
-    if not keeps_features(config, model):
+    if not keeps_features(config, model, is_training):
         return share_batches(config, table, model.labels, model, is_training)
-    kept, rows = material.read(model), [material.rows[uid] for uid in table["uid"]]
-    there = find_layers(material.config, model.encoder.n_layers)
-    columns = [there.index(layer) for layer in model.layers]
+    kept, there = material.read(model), find_layers(material.config, model.encoder.n_layers)
+    rows = torch.tensor([material.rows[uid] for uid in table["uid"]])[:, None]
+    columns = torch.tensor([there.index(layer) for layer in model.layers])
     targets = torch.from_numpy(read_targets(table, model.labels, target_scale(config, config.loss)))
     how = dict(max_items=config.batch_size if is_training else 1024, shuffle=is_training, seed=config.seed)
     how |= dict(rank=process_number(), n_ranks=count_processes()) if is_training else {}
-    return FeatureBatches(table["uid"].tolist(), kept.features[rows][:, columns], targets, **how)
+    return FeatureBatches(table["uid"].tolist(), kept.features[rows, columns], targets, **how)
 
 # %% ../nbs/13g_fitting.ipynb #015f45bf
 def make_trainer(
@@ -212,7 +213,7 @@ def train_model(
     trainer = make_trainer(config, model, parts["train"])
     if (work / "state.pt").exists():
         load_state(trainer, work / "state.pt")
-        print(f"going on after epoch {len(trainer.history)}")
+        print("" if is_done(trainer, config.epochs) else f"going on after epoch {len(trainer.history)}\n", end="")
     elif folder:
         print(describe_time(trainer, train))
     board = material.board and material.board / work.relative_to(material.work)
@@ -225,5 +226,5 @@ def train_model(
                 save_model(model, config, folder / "model")
                 print(f"interrupted: {(folder / 'model').name} has the weights of epoch {trainer.best_epoch}; --resume goes on")
             raise
-    material.notes += [] if keeps_features(config, model) else trainer.notes
+    material.notes += trainer.notes
     return trainer

@@ -259,6 +259,8 @@ def find_unused(
     for name, part, files in (("test_share", "test", {"test.csv"}), ("val_share", "validation", {"val.csv", "validation.csv"})):
         if files & {*there} and name in config.model_fields_set and getattr(config, name):
             sentences.append(f"{name} has no effect: the split has a {part} table of its own")
+    if config.folds and "test.csv" in storage.names(config.data_split_root):
+        sentences.append("test.csv has no effect: a cross-validation tests on everybody in train.csv and val.csv")
     return sentences
 
 # %% ../nbs/13c_inputs.ipynb #56b74dcb

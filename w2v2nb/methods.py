@@ -19,6 +19,7 @@ from .extract import Recipe
 from .inputs import load_encoder, target_scale
 from .model import Classifier
 from .objectives import Objective, check_exclusive, find_pos_weight
+from .search import parse_space
 
 # %% ../nbs/13e_methods.ipynb #a50fe9e3
 def read_layers(
@@ -125,13 +126,13 @@ def check_ratings(
     parts: dict[str, pd.DataFrame],  # tables by part
 ) -> list[str]:
     "Sentences about ratings that say little. Raises `ValueError` for those that nothing can be learned or chosen by."
-    labels, targets = sum(classifiers, []), {}
-    for part, table in parts.items():
-        targets[part] = read_targets(table, labels, target_scale(config, config.loss))
-        if config.loss == "CE":
-            check_exclusive(torch.from_numpy(targets[part]), classifiers, table["uid"].tolist())
-    if np.isnan(targets["train"]).all():
-        raise ValueError(f"none of {len(targets['train'])} recordings to learn from is rated on any label; fill the ratings in")
+    labels = sum(classifiers, [])
+    losses = (parse_space(config.search) if config.search else {}).get("loss", [config.loss])
+    for table in parts.values() if "CE" in losses else []:
+        targets = torch.from_numpy(read_targets(table, labels, config.scale))
+        check_exclusive(targets, classifiers, table["uid"].tolist())
+    if np.isnan(read_targets(parts["train"], labels, config.scale)).all():
+        raise ValueError(f"none of {len(parts['train'])} recordings to learn from is rated on any label; fill the ratings in")
     present = read_targets(parts["val"], labels, config.scale) if "val" in parts else np.array([[0], [1]])
     if ((present == 0).any(0) & (present == 1).any(0)).any() or config.monitor == "loss":
         return []

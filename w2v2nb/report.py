@@ -221,9 +221,9 @@ def find_present(
     labels: list[str],  # which labels
 ) -> pd.DataFrame:
     "The table with targets of 0 and 1: as they are, or whether a grade is 2 or above; NaN stays."
-    columns = [f"{label}_target" for label in labels]
-    targets = table[columns].astype(float)
-    return table.assign(**(targets > 1).astype(float).where(targets.notna())) if (targets > 1).any(axis=None) else table
+    targets, scores = (table[[f"{label}_{kind}" for label in labels]].astype(float) for kind in ("target", "score"))
+    is_graded = (targets > 1).any(axis=None) or targets.min(axis=None) >= 1 and scores.min(axis=None) >= 1
+    return table.assign(**(targets > 1).astype(float).where(targets.notna())) if is_graded else table
 
 # %% ../nbs/12_report.ipynb #6fa4b2aa
 def plot_roc(

@@ -17,7 +17,7 @@ import torch
 
 from . import storage
 from .batch import Batches
-from .config import Config
+from .config import Config, ConfigError
 from .data import PARTS
 from .evaluate import evaluate
 from .features import FeatureBatches
@@ -50,6 +50,8 @@ def working(
     if process_number():
         folder.about = {"name": run_name(config)} | folder.about
         gather(None)  # the first process may have to remove an old run
+        if not (folder.path / "run.json").exists():
+            raise ConfigError(f"exp_dir {folder.path} is not the first process's; it should be a folder that all machines share")
         yield folder / "work"
     else:
         with recording(folder, config, fingerprints, warnings) as work:

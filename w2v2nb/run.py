@@ -15,6 +15,7 @@ import pandas as pd
 
 from .backbone import pick_device
 from .config import Config, checking
+from .crossing import cross_validate
 from .extract import Recipe, extract
 from .fitting import Material, describe, keeps_features, make_trainer, share_batches
 from .folder import RunFolder, check_inputs, claim
@@ -38,7 +39,7 @@ from .model import Classifier
 from .parts import merge_parts, read_progress, rows_done
 from .processes import count_processes, gather, make_accelerator, process_number
 from .results import fingerprint_inputs, finish, working, write_evaluation
-from .study import change_trial, check_space, cross_validate, propose_trial, read_space, train_and_test
+from .study import change_trial, check_space, propose_trial, read_space, train_and_test
 from .train import take_notes
 
 # %% ../nbs/14_run.ipynb #2981e71b
@@ -116,7 +117,7 @@ def finetune(
         labels = sum(classifiers, [])
         rounds = read_folds(config, labels) if config.folds else []
         parts = rounds[0][1] if rounds else read_parts(config, labels)
-        found = [sentence for tables in [parts, *(tables for _, tables in rounds[1:])] for sentence in check_ratings(config, classifiers, tables)]
+        found = [x for tables in [parts, *(tables for _, tables in rounds[1:])] for x in check_ratings(config, classifiers, tables)]
         material = Material(config, pd.concat(parts.values()), load_encoder(config))
         space = read_space(config, material.encoder)
         check_space(space, material.encoder)

@@ -173,7 +173,7 @@ def take_notes(
 
 # %% ../nbs/10_train.ipynb #cbdbfc6c
 class Trainer:
-    "A classifier in training: `run_epoch` adds a row to `history`; `restore_best` puts the weights of the best epoch back."
+    "A classifier in training, whose encoder is no other's: `run_epoch` adds to `history`, `restore_best` returns to the best."
 
     def __init__(
         self,
@@ -248,9 +248,9 @@ def estimate_epoch_s(
     batches: Batches | FeatureBatches,  # to learn from
 ) -> float:
     "About how many seconds an epoch's steps will take; NaN without recordings. Weights and chance stay as they are."
-    batch, seconds = next(iter(batches), None), math.inf
+    batch, seconds = next((batch for batch in batches if batch.index), None), math.inf
     batches.close()
-    if batch is None or not batch.index:
+    if batch is None:
         return float("nan")
     trainer.model.train()
     for _ in range(2):  # the first time much is made ready
@@ -258,6 +258,7 @@ def estimate_epoch_s(
         for piece in divide(batch, trainer.settings.n_pieces):
             chance = Chance([make_seed(uid) for uid in piece.uids])
             sum_losses(trainer.model, piece, trainer.objective, chance).backward()
+        next(iter(trainable(trainer.model).values())).grad.sum().item()  # a GPU has not ended before that
         seconds = min(seconds, time.monotonic() - started)
     trainer.optimizer.zero_grad()
     return seconds * batches.n_recordings / len(batch.index) / count_processes()

@@ -211,6 +211,8 @@ def run_attention(
         qkv = torch.cat([qkv, make_gate(x, *weights["gate"]).to(qkv.dtype)], 1)
 
     seeds = how.seeds("attention_dropout")
+    # a recording's own chance needs it by itself, also on a GPU
+    layout = Layout(how.layout.n_frames) if how.chance and how.rate("attention_dropout") else how.layout
 
     def attend_gated(columns: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         for seed in islice(seeds, 1):  # torch's attention draws from its own generator
@@ -218,7 +220,7 @@ def run_attention(
         gate = None if how.bias is None else columns[..., 3 * size :]
         return attend(columns[..., : 3 * size], mask, n_heads, how.bias, gate, how.rate("attention_dropout"))
 
-    y = each_recording(attend_gated, qkv, how.layout)
+    y = each_recording(attend_gated, qkv, layout)
     return how.drop(multiply(y.to(how.dtype), *weights["out"]))
 
 
