@@ -9,8 +9,8 @@ import pytest
 
 from w2v2nb import samples
 from w2v2nb.config import ConfigError, configure
+from w2v2nb.crossing import measure_folds
 from w2v2nb.run import start
-from w2v2nb.study import measure_folds
 
 DATA = Path(os.environ.get("W2V2NB_DATA", "none"))
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="real recordings: W2V2NB_DATA should name their folder")

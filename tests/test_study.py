@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from w2v2nb import fitting, samples, study
+from w2v2nb import crossing, fitting, samples, study
 from w2v2nb.config import ConfigError, configure
+from w2v2nb.crossing import measure_folds
 from w2v2nb.data import read_annotations
 from w2v2nb.encoder import Encoder
 from w2v2nb.model import Classifier
 from w2v2nb.run import start
-from w2v2nb.crossing import measure_folds
 
 LABELS = ["slow rate", "rapid rate", "strained", "breathy", "monopitch"]
 
@@ -205,13 +205,13 @@ def test_a_search_that_was_stopped_repeats_no_trial(split, tmp_path, interrupted
 
 @pytest.mark.parametrize("group", ["subject", "pair"])
 def test_everybody_is_tested_once_in_each_repeat_and_nobody_is_on_both_sides(table, tmp_path, group, monkeypatch):
-    seen, predict_fold = [], study.predict_fold
+    seen, predict_fold = [], crossing.predict_fold
 
     def watched(config, classifiers, fold, parts, *more):
         seen.append((fold, parts))
         return predict_fold(config, classifiers, fold, parts, *more)
 
-    monkeypatch.setattr(study, "predict_fold", watched)
+    monkeypatch.setattr(crossing, "predict_fold", watched)
     folder = start(tune(table, tmp_path / "x", folds=3, repeats=2, group=group, val_share=0.3, epochs=2))
     everyone, predictions = read(table), read(folder / "predictions.csv")
     assert list(predictions)[:6] == ["repeat", "fold", "uid", "subject", "slow rate_target", "slow rate_score"]

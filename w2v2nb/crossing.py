@@ -43,7 +43,7 @@ def predict_fold(
     work: Path,  # of this fold
     space: dict[str, list | tuple],  # from `read_space`
 ) -> dict[str, pd.DataFrame]:
-    "The held-out recordings' `predictions`, the `history` of the training, and its `search`; read where the fold has ended before."
+    "The held-out recordings' `predictions`, the training's `history` and `search`; read where the fold has ended before."
     if (work / "predictions.csv").exists():
         material.notes += json.loads(storage.read_text(work / "notes.json")) if not process_number() else []
         return {path.stem: read_round(path) for path in sorted(work.glob("*.csv"))}
@@ -73,9 +73,9 @@ def weigh_folds(
         return math.nan, math.nan, math.nan
     shares = (rows["n_pos"] * rows["n_neg"] / (rows["n_pos"] * rows["n_neg"]).sum()).to_numpy()
     auc, low, high = rows[["AUC", "AUC_low", "AUC_high"]].to_numpy(float).T
-    half = float(np.sqrt(((shares * np.maximum(high - auc, auc - low)) ** 2).sum()))  # an end that was cut at 0 or 1 is the shorter
-    mean = float(shares @ auc)
-    return mean, max(mean - half, 0.0) if half == half else half, min(mean + half, 1.0) if half == half else half
+    # of an interval that was cut at 0 or 1 the longer side
+    mean, half = shares @ auc, np.sqrt(((shares * np.maximum(high - auc, auc - low)) ** 2).sum())
+    return float(mean), *np.clip([mean - half, mean + half], 0, 1).tolist()
 
 
 def measure_folds(

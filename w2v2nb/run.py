@@ -117,13 +117,14 @@ def finetune(
         labels = sum(classifiers, [])
         rounds = read_folds(config, labels) if config.folds else []
         parts = rounds[0][1] if rounds else read_parts(config, labels)
-        found = [x for tables in [parts, *(tables for _, tables in rounds[1:])] for x in check_ratings(config, classifiers, tables)]
+        every = [tables for _, tables in rounds] or [parts]
+        found = [sentence for tables in every for sentence in check_ratings(config, classifiers, tables)]
         material = Material(config, pd.concat(parts.values()), load_encoder(config))
         space = read_space(config, material.encoder)
         check_space(space, material.encoder)
         fingerprints = fingerprint_inputs(config, material.encoder)
         check_inputs(folder, config, fingerprints)
-        warnings = compare_sound(config, material.encoder) + find_unused(config) + find_unknown_people(parts) + found
+        warnings = compare_sound(config, material.encoder) + find_unused(config) + find_unknown_people(parts) + list(dict.fromkeys(found))
         first = change_trial(config, propose_trial(config, space, [])) if space else config
         model = material.make_model(first, classifiers)
         make_trainer(first, model, parts["train"])

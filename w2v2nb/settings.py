@@ -148,7 +148,7 @@ class Config(Study):
     seed: int = flag(0, "of all chance: head, order, dropout, split", ge=0)
     cache: bool = flag(True, "compute a frozen encoder's features once; False: in every epoch anew", modes=TRAIN + EMBED)
     cache_dir: Text = flag(None, "folder to keep them in; none: $XDG_CACHE_HOME/w2v2nb or ~/.cache/w2v2nb", modes=TRAIN + EMBED)
-    cache_gb: float = flag(10.0, "gigabytes on disk for later runs, oldest go first; 0: in memory only", modes=TRAIN + EMBED, ge=0)
+    cache_gb: float = flag(10.0, "gigabytes on disk for later runs, oldest go first; 0: memory only", modes=TRAIN + EMBED, ge=0)
     log: Literal["tensorboard"] | None = flag(None, "tensorboard: curves for TensorBoard, in exp_dir", modes=TRAIN)
     resume: bool = flag(False, "go on with the run in exp_dir")
     overwrite: bool = flag(False, "remove the run in exp_dir first")
