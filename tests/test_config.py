@@ -142,7 +142,7 @@ tune top:0; tune top; tune blocks; lora_rank 0; lora_alpha 0; lora_targets q_pro
 dropout -0.1; loss L1; pos_weight often; pos_weight 1,0; pos_weight -1; pos_weight inf; focal_gamma -1; label_smoothing 1;
 mixup -0.1; weight_decay -1; backbone_learning_rate 0; layer_decay 0; layer_decay 1.1; schedule step; warmup 1; clip_norm -1;
 accumulate 0; monitor loss,auc; patience -1; val_share 1.5; val_share -0.1; folds 1; folds -2; repeats 0; trials -1; log csv;
-cache perhaps; cache_gb 0; layer heavy; pooling_mode std
+cache perhaps; cache_gb -1; layer heavy; pooling_mode std
 """
 
 
@@ -185,6 +185,9 @@ def test_a_value_outside_its_limits_is_refused(line):
         (dict(search="dropout=0:0.5"), "search: dropout is a range"),
         (dict(search="droput=0,0.5"), "search cannot vary droput, did you mean dropout?"),
         (dict(search="seed=0,1"), "search cannot vary seed"),
+        (dict(search="focal_gamma=0,2", loss="focal", monitor="loss"), "search varies focal_gamma, which change what"),
+        (dict(search="layer=all,0"), "list the layers, as in layer=0,6,12"),
+        (dict(search="layer=-1:2", trials=2), "list the layers"),
         (dict(search="monitor=auc,loss"), "search cannot vary monitor"),
         (dict(search="layer=0,1; dropout=0,1"), "search tries layer 0, dropout 1, but dropout is 1 but should be less than 1"),
         (dict(search="dropout=0:1", trials=5), "search tries dropout 1, but dropout is 1"),

@@ -266,16 +266,35 @@ def test_steps_are_those_of_the_recordings(encoder, rank, n_ranks, is_shuffled):
             assert torch.equal(batch.features, table.features[batch.index]) and len(batch) == len(batch.uids)
 
 
-def test_a_step_of_nothing_is_passed_over_by_one_process_and_taken_by_several():
-    features = torch.zeros(4, 1, 2)
-    features[np.random.default_rng([0, 0]).permutation(4)[:2]] = torch.nan  # those of the first step
+def test_a_step_of_nothing_is_empty_and_places_stay():
+    features = torch.zeros(5, 1, 2)
+    order = np.random.default_rng([0, 0]).permutation(5)
+    features[order[[0, 1, 2]]] = torch.nan  # the first step, and the first of the second
 
-    def count(**share):
-        batches = FeatureBatches("abcd", features, np.zeros((4, 1)), max_items=2, shuffle=True, **share)
-        return [len(batch) for batch in batches]
+    def read(**share):
+        batches = FeatureBatches("abcde", features, np.zeros((5, 1)), max_items=2, shuffle=True, **share)
+        return [batch.places for batch in batches]
 
-    assert count() == [2]
-    assert sorted(count(rank=rank, n_ranks=2) for rank in (0, 1)) == [[0, 0], [0, 2]]  # a pair stays together
+    assert read() == [[], [1], [0]]
+    assert sorted(read(rank=rank, n_ranks=2) for rank in (0, 1)) == [[[], [], []], [[], [1], [0]]]  # a pair stays together
+
+
+def test_adapters_count_by_what_they_do():
+    from w2v2nb.adapt import add_lora
+
+    found = []
+    for alpha in (16, 64):
+        one = load()
+        add_lora(one, rank=4, alpha=alpha, seed=0)
+        with torch.no_grad():
+            for name, weight in one.named_parameters():
+                if "lora_B" in name:
+                    weight.fill_(0.1)
+        found.append(fingerprint_encoder(one))
+    assert len({*found, fingerprint_encoder(load())}) == 3
+    untouched = load()
+    add_lora(untouched, rank=4, alpha=16)
+    assert fingerprint_encoder(untouched) == fingerprint_encoder(load())  # adapters begin as nothing
 
 
 def test_what_a_pass_adds_to_the_failures_does_not_pile_up(encoder):

@@ -185,6 +185,6 @@ def test_a_training_that_runs_away_is_one_line_and_exit_status_1(split, tmp_path
     ]
     assert main(["finetune", *arguments, "-o", str(tmp_path / "x"), *"-e 3 -lr 1e30 --dataset s".split(), *flags.split()]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("w2v2nb: the ") and "lower --learning_rate" in error and "--resume goes on" in error
+    assert error.startswith("w2v2nb: the ") and "lower --learning_rate" in error and "--overwrite begins anew" in error
     assert any(uid in error for uid in read(split / "train.csv").uid)
     assert RunFolder(tmp_path / "x").about["state"] == "failed" and not (tmp_path / "x" / "s_model").exists()

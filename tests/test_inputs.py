@@ -20,7 +20,7 @@ from w2v2nb.inputs import (
     read_parts,
     target_scale,
 )
-from w2v2nb.methods import make_model, read_cache, read_layers, read_objective, read_recipe, read_weights
+from w2v2nb.methods import check_ratings, make_model, read_cache, read_layers, read_objective, read_recipe, read_weights
 
 SPLIT = samples.split_root()
 ONE = f"{SPLIT}/train.csv"
@@ -79,7 +79,8 @@ def test_a_val_csv_goes_before_val_share_and_that_is_said(with_val):
     assert read_parts(config, LABELS)["val"]["uid"].tolist() == own["uid"].tolist()
     assert find_unused(config) == ["val_share has no effect: the split has a validation table of its own"]
     assert find_unused(settings(with_val, test_share=0.3)) == ["test_share has no effect: the split has a test table of its own"]
-    assert find_unused(settings(with_val, val_share=0.5, folds=2)) == find_unused(settings(ONE, test_share=0.3)) == []
+    (sentence,) = find_unused(settings(with_val, val_share=0.5, folds=2))
+    assert sentence.startswith("test.csv has no effect") and find_unused(settings(ONE, test_share=0.3)) == []
 
 
 def test_nothing_is_taken_out_where_nothing_is_asked_for():
@@ -121,11 +122,14 @@ def test_people_in_two_files_of_a_folder_are_refused_in_a_cross_validation_too(w
 
 @pytest.mark.parametrize(
     ("scale", "loss", "expected"),
-    [(None, "BCE", None), ("clinical", "BCE", "clinical"), ("clinical", "CORN", "grades"), (None, "CORN", None)],
+    [(None, "BCE", None), ("clinical", "BCE", "clinical"), ("clinical", "CORN", "grades")],
 )
 def test_grades_are_for_corn_on_the_clinical_scale(scale, loss, expected):
     config = configure("eval-only", prefix="a", data_split_root="b", exp_dir="c", mdl_path="m", scale=scale)
     assert target_scale(config, loss) == expected
+    if loss == "CORN":
+        with pytest.raises(ValueError, match="give scale clinical"):
+            target_scale(config.model_copy(update={"scale": None}), loss)
 
 
 def read(config, **options):
@@ -188,10 +192,25 @@ def test_as_many_weights_as_labels():
         read_weights(settings(loss="BCE", pos_weight="1,2,3"), torch.zeros(4, 2))
 
 
-def test_classes_that_do_not_exclude_each_other_stop_a_run():
-    assert read_objective(settings(loss="CE"), [["a", "b"]], ratings((1, 0), (0, 1))).sizes == [2]
+@pytest.mark.parametrize("values", [dict(loss="CE"), dict(search="loss=BCE,CE", val_share=0.2)])
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_classes_that_do_not_exclude_each_other_stop_a_run(values, part):
+    parts = dict.fromkeys(("train", "val", "test"), ratings((1, 0), (0, 1)))
+    assert check_ratings(settings(**values), [["a", "b"]], parts) == []
     with pytest.raises(ValueError, match="exactly one"):
-        read_objective(settings(loss="CE"), [["a", "b"]], ratings((1, 0), (1, 1)))
+        check_ratings(settings(**values), [["a", "b"]], parts | {part: ratings((1, 0), (1, 1))})
+
+
+def test_ratings_that_nothing_can_be_learned_or_chosen_by_stop_a_run():
+    nothing, one_class, both = (ratings(*([x, x] for x in some)) for some in ([np.nan, np.nan], [1, 1], [1, 0]))
+    with pytest.raises(ValueError, match="none of 2 recordings to learn from is rated"):
+        check_ratings(settings(), [["a"]], {"train": nothing})
+    parts = {"train": both, "val": one_class}
+    (sentence,) = check_ratings(settings(val_share=0.2), [["a"]], parts)
+    assert "the last epoch is taken" in sentence and check_ratings(settings(val_share=0.2), [["a"]], parts | {"val": both}) == []
+    with pytest.raises(ValueError, match="rated both present and absent"):
+        check_ratings(settings(val_share=0.2, patience=2), [["a"]], parts)
+    assert check_ratings(settings(val_share=0.2, patience=2, monitor="loss"), [["a"]], parts) == []
 
 
 def test_the_objective_has_what_the_configuration_says():
@@ -260,7 +279,7 @@ def test_a_model_s_embedding_is_what_its_heads_get(values, embedding):
         torch.testing.assert_close(found, value)
 
 
-@pytest.mark.parametrize("values", [dict(pooling_mode="mean+std"), dict(layer="weighted"), dict(pooling_mode="attention")])
+@pytest.mark.parametrize("values", [dict(layer="weighted"), dict(pooling_mode="attention")])
 @pytest.mark.parametrize("cut", [dict(window=1), dict(chunk_s=5, clip_length=0)])
 def test_a_model_that_takes_whole_recordings_is_not_given_parts(values, cut):
     model = make_model(settings(**values), [LABELS])
@@ -271,7 +290,7 @@ def test_a_model_that_takes_whole_recordings_is_not_given_parts(values, cut):
 
 
 def test_the_cache_is_where_and_as_large_as_it_is_said(tmp_path, monkeypatch, capsys):
-    assert read_cache(settings(cache=False)) is None
+    assert read_cache(settings(cache=False)) is None and read_cache(settings(cache_gb=0)) is None
     cache = read_cache(settings(cache_dir=tmp_path / "here", cache_gb=0.5))
     assert isinstance(cache, VectorCache) and cache.max_bytes == 500_000_000
     cache.put({b"key": np.zeros(3)})

@@ -1,5 +1,7 @@
 "Blocks over packed frames: each recording by itself or padded, WavLM's bias, the positional product of transforms."
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import VARIANTS, make_model
@@ -80,3 +82,32 @@ def test_each_recording_passes_gradients_in_both_ways():
         y = each_recording(lambda x, mask: x.cumsum(1), x, Layout([4, 6], is_padded=is_padded))
         (gradient,) = torch.autograd.grad(y.sum(), x)
         assert gradient[:, 0].tolist() == [4, 3, 2, 1, 6, 5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("tune", ["head", "all"])
+def test_features_are_masked_in_training_only_and_by_the_recording_s_own_chance(tune):
+    from w2v2nb import samples
+    from w2v2nb.augment import mask_spans
+    from w2v2nb.chance import Chance
+    from w2v2nb.encoder import Encoder
+
+    encoder = Encoder.from_pretrained(samples.checkpoint(), device="cpu")
+    encoder.requires_grad_(tune == "all").train(tune == "all")
+    torch.manual_seed(0)
+    waveform, lengths = torch.randn(3, 16000), torch.tensor([16000, 9000, 12000])
+    waveform[1, 9000:], waveform[2, 12000:] = 0, 0
+
+    def run(rows, chance=None):
+        (states,), n_frames = encoder(waveform[rows], lengths[rows], [-1], chance)
+        return states.detach(), n_frames.tolist()
+
+    encoder.eval()
+    plain, _ = run([0, 1, 2])
+    encoder.mask_features = partial(mask_spans, time_share=0.5)
+    assert torch.equal(run([0, 1, 2])[0], plain), "without chance nothing is masked"
+    encoder.train(tune == "all")
+    together, n_frames = run([0, 1, 2], Chance([5, 6, 7]))
+    assert all((together[i, :n] - plain[i, :n]).abs().max() > 1e-3 for i, n in enumerate(n_frames))
+    for i, seed in enumerate((5, 6, 7)):
+        alone, (n,) = run([i], Chance([seed]))
+        assert torch.allclose(alone[0, :n], together[i, :n], atol=1e-5)

@@ -124,7 +124,8 @@ def finetune(
         check_space(space, material.encoder)
         fingerprints = fingerprint_inputs(config, material.encoder)
         check_inputs(folder, config, fingerprints)
-        warnings = compare_sound(config, material.encoder) + find_unused(config) + find_unknown_people(parts) + list(dict.fromkeys(found))
+        warnings = compare_sound(config, material.encoder) + find_unused(config) + find_unknown_people(parts)
+        warnings += dict.fromkeys(found)
         first = change_trial(config, propose_trial(config, space, [])) if space else config
         model = material.make_model(first, classifiers)
         make_trainer(first, model, parts["train"])
