@@ -37,7 +37,7 @@ from w2v2nb.inputs import (
 from .methods import check_ratings, read_cache, read_recipe
 from .model import Classifier
 from .parts import merge_parts, read_progress, rows_done
-from .processes import count_processes, gather, make_accelerator, process_number
+from .processes import count_processes, gather, leave_processes, make_accelerator, process_number
 from .results import fingerprint_inputs, finish, working, write_evaluation
 from .study import change_trial, check_space, propose_trial, read_space, train_and_test
 from .train import take_notes
@@ -165,4 +165,6 @@ def start(
         return folder
     mode = {"finetune": finetune, "eval-only": evaluate_model, "extraction": extract_embeddings}[config.mode]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if process_number() else nullcontext():
-        return mode(config, folder)
+        folder = mode(config, folder)
+    leave_processes()
+    return folder
