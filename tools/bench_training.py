@@ -364,7 +364,7 @@ def folds_table(found: dict) -> list[str]:
     lines = [
         f"**Five folds** by {found['group']}: {found['n']} recordings of {found['set']}, tiny encoder, head.",
         "",
-        "| | AUC, mean over folds (sd) | AUC of all out-of-fold predictions |",
+        "| | AUC, mean over folds (sd) | AUC over pairs within a fold |",
         "|---|---|---|",
     ]
     for label, about in found["labels"].items():
