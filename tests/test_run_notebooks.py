@@ -95,7 +95,7 @@ def test_finetune_then_evaluate_then_extract(split, tmp_path):
         (dict(layer="all"), {"search", "history", "model"}, [1, 2, 1]),  # a recording; layers and the best one's curves; the test
         (dict(search="dropout=0,0.5", val_share=4), {"search", "history", "model"}, [1, 2, 1]),
         (dict(layer="weighted", augment="noise,specaugment"), {"history", "model"}, [1, 1, 1, 1, 1]),  # effects, live, weights
-        (dict(folds=2, repeats=2), {"folds"}, [1, 1]),
+        (dict(folds=2, repeats=2), {"folds", "history"}, [1, 1]),
     ],
     ids=["sweep", "search", "weighted and augmented", "folds"],
 )

@@ -35,7 +35,8 @@ def many(tmp_path_factory):
     rng = np.random.default_rng(0)
     sf.write(folder / "one.wav", (0.1 * rng.standard_normal(160000)).astype(np.float32), 16000)
     (folder / "table.csv").write_text("uid,path\n" + "".join(f"{i:04},one.wav\n" for i in range(1500)))
-    return ["-i", str(folder), "-d", str(folder / "table.csv"), "-c", samples.checkpoint(), "--device", "cpu"]
+    # without the cache, which knows a recording by its sound
+    return ["-i", str(folder), "-d", str(folder / "table.csv"), "-c", samples.checkpoint(), "--device", "cpu", "--cache", "False"]
 
 
 def begin(flags, exp_dir):
