@@ -94,3 +94,24 @@ def write(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def passes(encoder):
+    "The sizes of the batches that go through the encoder, a fixture of the test's module."
+    sizes = []
+    hook = encoder.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(inputs[0])))
+    yield sizes
+    hook.remove()
+
+
+def write_split(folder, n_val_people, n_train, n_test):
+    "A split of few of the shipped recordings, with a validation table of its own."
+    from w2v2nb import samples
+    from w2v2nb.data import read_annotations
+
+    train, test = (read_annotations(f"{samples.split_root()}/{part}.csv") for part in ("train", "test"))
+    val = train[train.subject.isin(train.subject.unique()[:n_val_people])]
+    for name, table in dict(train=train.drop(val.index).head(n_train), val=val, test=test.head(n_test)).items():
+        table.to_csv(folder / f"{name}.csv", index=False)
+    return folder

@@ -182,15 +182,6 @@ def test_a_model_that_has_learned_to_pool_does_it_by_itself(encoder, waveforms, 
     close(matrix(embed(encoder, tmp_path / "dense", recipe)), inside)
 
 
-@pytest.fixture
-def passes(encoder):
-    "The sizes of the batches that go through the encoder."
-    sizes = []
-    hook = encoder.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(inputs[0])))
-    yield sizes
-    hook.remove()
-
-
 def test_a_cached_extraction_is_that_without_a_cache(encoder, tmp_path, passes):
     cache, classifier = VectorCache(tmp_path / "cache", 10**8), Classifier(encoder, [["a"]], layer=3).eval()
     dense = Recipe([3], dense=[classifier.heads[0].features])

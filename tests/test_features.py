@@ -29,15 +29,6 @@ def encoder():
 
 
 @pytest.fixture
-def passes(encoder):
-    "The sizes of the batches that go through the encoder."
-    sizes = []
-    hook = encoder.register_forward_hook(lambda _, inputs, outputs: sizes.append(len(inputs[0])))
-    yield sizes
-    hook.remove()
-
-
-@pytest.fixture
 def cache(tmp_path):
     return VectorCache(tmp_path / "cache", 10**8)
 

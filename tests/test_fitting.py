@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import write_split
 
 from w2v2nb import samples
 from w2v2nb.__main__ import main
 from w2v2nb.config import configure
-from w2v2nb.data import read_annotations
 from w2v2nb.encoder import Encoder
 from w2v2nb.fitting import Material, describe, describe_time, find_layers, keeps_features, make_batches, make_trainer
 from w2v2nb.folder import RunFolder
@@ -24,12 +24,7 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("split")
-    train, test = (read_annotations(f"{samples.split_root()}/{part}.csv") for part in ("train", "test"))
-    val = train[train.subject.isin(train.subject.unique()[:2])]
-    for name, table in dict(train=train.drop(val.index).head(16), val=val, test=test.head(12)).items():
-        table.to_csv(folder / f"{name}.csv", index=False)
-    return folder
+    return write_split(tmp_path_factory.mktemp("split"), n_val_people=2, n_train=16, n_test=12)
 
 
 def tune(split, exp_dir, **changes):

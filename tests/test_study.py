@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import write_split
 from sklearn.metrics import roc_auc_score
 
 from w2v2nb import crossing, fitting, samples, study
@@ -25,12 +26,7 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("split")
-    train, test = (read_annotations(f"{samples.split_root()}/{part}.csv") for part in ("train", "test"))
-    val = train[train.subject.isin(train.subject.unique()[:4])]
-    for name, table in dict(train=train.drop(val.index).head(30), val=val, test=test.head(20)).items():
-        table.to_csv(folder / f"{name}.csv", index=False)
-    return folder
+    return write_split(tmp_path_factory.mktemp("split"), n_val_people=4, n_train=30, n_test=20)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from .model import Classifier
 from .optim import make_optimizer, make_schedule
 from .processes import count_processes, make_accelerator, merge_rows, process_number
 from .results import save_model, write_result
+from .search import parse_space
 from .train import Settings, Trainer, estimate_epoch_s, fit, is_done, load_state, save_state, take_notes, trainable
 
 # %% ../nbs/13g_fitting.ipynb #ff11de64
@@ -46,8 +47,6 @@ def find_layers(
     n_layers: int,  # of the encoder
 ) -> list[int]:
     "All layers that some training of the run needs, resolved."
-    from w2v2nb.search import parse_space
-
     asked = (parse_space(config.search) if config.search else {}).get("layer", [config.layer])
     asked = range(asked[0], asked[1] + 1) if isinstance(asked, tuple) else asked
     if {"all", "weighted"} & {str(layer) for layer in asked}:
@@ -163,8 +162,9 @@ def describe_time(
     seconds = estimate_epoch_s(trainer, batches)
     if seconds != seconds:
         return "no recording to learn from could be read"
-    amount = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{max(seconds, 1):.0f} seconds"
-    return f"an epoch will take about {amount}" if seconds >= 1 else "an epoch will take less than a second"
+    if seconds < 1:
+        return "an epoch will take less than a second"
+    return f"an epoch will take about {f'{seconds / 60:.0f} minutes' if seconds >= 120 else f'{seconds:.0f} seconds'}"
 
 # %% ../nbs/13g_fitting.ipynb #2e91d1f0
 class Watch:

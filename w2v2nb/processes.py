@@ -40,8 +40,6 @@ def make_accelerator(
     return Accelerator(cpu=is_cpu, mixed_precision="fp16" if scales_loss else "no")
 
 
-
-
 def leave_processes() -> None:
     "Part from the other processes, at the end of the work."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
