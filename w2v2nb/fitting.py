@@ -223,6 +223,7 @@ def train_model(
             fit(trainer, train, validation, config.epochs, watch)
         except KeyboardInterrupt:
             if folder and trainer.best_weights:
+                write_result(folder / "history.csv", trainer.history)
                 save_model(model, config, folder / "model")
                 print(f"interrupted: {(folder / 'model').name} has the weights of epoch {trainer.best_epoch}; --resume goes on")
             raise

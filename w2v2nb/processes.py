@@ -7,6 +7,7 @@ __all__ = ['count_processes', 'process_number', 'make_accelerator', 'leave_proce
            'merge_rows']
 
 # %% ../nbs/09b_processes.ipynb #59880de6
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ def make_accelerator(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    if count_processes() > 1:
+        importlib.import_module("torch.distributed.nn")
     AcceleratorState._reset_state(reset_partial_state=count_processes() == 1)
     is_cpu = torch.device(device).type == "cpu"
     return Accelerator(cpu=is_cpu, mixed_precision="fp16" if scales_loss else "no")

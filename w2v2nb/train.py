@@ -198,9 +198,9 @@ class Trainer:
         row |= validate(self.model, validation, self.objective)
         self.notes = [take_notes(batches) for batches in (train, validation) if batches]
         row |= {"learning_rate": self.rate, "seconds": time.monotonic() - started}
-        self.history.append(row)
-        if find_best(self.history, self.settings.monitor) == epoch:
+        if find_best([*self.history, row], self.settings.monitor) == epoch:
             self.best_epoch, self.best_weights = epoch, copy_weights(self.model)
+        self.history.append(row)
         return row
 
     def restore_best(self) -> None:
