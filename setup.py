@@ -27,7 +27,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")},
+    extras_require={"dev": lines("dev_requirements"), "vertex": lines("vertex_requirements")},
     packages=["w2v2nb"],
     package_data={"w2v2nb": ["assets/**/*"]},
     entry_points={"console_scripts": lines("console_scripts")},

@@ -3,9 +3,11 @@
 import atexit
 import json
 import os
+import secrets
 import shutil
 import tempfile
 
+import cloud
 import pytest
 
 from w2v2nb.reference import CLASSES
@@ -115,3 +117,35 @@ def write_split(folder, n_val_people, n_train, n_test):
     for name, table in dict(train=train.drop(val.index).head(n_train), val=val, test=test.head(n_test)).items():
         table.to_csv(folder / f"{name}.csv", index=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    "Cloud Storage on this machine."
+    pytest.importorskip("gcp_storage_emulator")
+    found = cloud.Emulator()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def make_bucket(emulator, monkeypatch, tmp_path):
+    "Make a fresh bucket, behind a proxy of its own, that this test reaches as if it were Google's, with an empty cache."
+    from w2v2nb import bucket as module
+
+    proxy = cloud.Proxy(emulator)
+    environment = {"STORAGE_EMULATOR_HOST": proxy.address, "XDG_CACHE_HOME": str(tmp_path / "machine-cache")}
+    environment |= {"W2V2NB_STORAGE_TIMEOUT": "5", "GOOGLE_CLOUD_PROJECT": "test"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    module.forget_client()
+    yield lambda: cloud.Bucket(emulator, proxy, f"test-{secrets.token_hex(6)}", {**os.environ})
+    module.forget_client()
+    proxy.close()
+
+
+@pytest.fixture
+def bucket(make_bucket):
+    "An empty bucket."
+    return make_bucket()

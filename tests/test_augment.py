@@ -13,7 +13,8 @@ import soundfile
 import torch
 
 from w2v2nb.augment import EFFECTS, Augment, draw_spans, make_room, mask_spans, parse_effects, plot_effects
-from w2v2nb.transforms import Check, RecordingError, Truncate, pipeline
+from w2v2nb.loading import RecordingError
+from w2v2nb.transforms import Check, Truncate, pipeline
 
 RATE = 16000
 ROOT = os.environ.get("W2V2NB_DATA")

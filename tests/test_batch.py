@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from w2v2nb.batch import Batches, Failure, Reader, collate
+from w2v2nb.loading import RecordingError
 from w2v2nb.memory import padded_seconds, take, with_backoff
-from w2v2nb.transforms import RecordingError
 from w2v2nb.windows import Item, cut, cut_stream, steps
 from w2v2nb.workers import WorkerError
 

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from w2v2nb.cache import CacheFile, VectorCache, cache_dir, count_bytes
+from w2v2nb.cache import CacheFile, VectorCache, count_bytes
+from w2v2nb.objects import cache_dir
 
 WIDE = 10**9
 

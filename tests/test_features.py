@@ -16,7 +16,7 @@ from w2v2nb.batch import Batch, Batches
 from w2v2nb.cache import VectorCache
 from w2v2nb.encoder import Encoder
 from w2v2nb.features import FeatureBatches, FeatureReader, fingerprint_encoder, read_features
-from w2v2nb.transforms import RecordingError
+from w2v2nb.loading import RecordingError
 
 
 def load():

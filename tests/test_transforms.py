@@ -16,15 +16,14 @@ import torch
 
 from w2v2nb import samples, transforms
 from w2v2nb.audio import AudioError, decode, find
+from w2v2nb.loading import Load, RecordingError, in_bucket
 from w2v2nb.storage import names
 from w2v2nb.transforms import (
     Check,
     Compose,
-    Load,
     Mono,
     Normalize,
     PadClip,
-    RecordingError,
     Resample,
     Trim,
     Truncate,
@@ -113,7 +112,7 @@ def test_a_good_recording_survives_broken_metadata(tmp_path, text, reason):
     ],
 )
 def test_bucket(prefix, bucket, expected):
-    assert transforms.in_bucket(prefix, bucket).rstrip("/") == expected
+    assert in_bucket(prefix, bucket).rstrip("/") == expected
 
 
 @pytest.mark.parametrize("lib", [None, True])

@@ -7,7 +7,7 @@ __all__ = ['Failure', 'Batch', 'collate', 'Reader', 'check_sample', 'set_aside',
            'read_steps', 'make_batches', 'Batches']
 
 # %% ../nbs/05_batch.ipynb #1a373180
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, takewhile
@@ -16,7 +16,9 @@ from threading import Event
 import numpy as np
 import torch
 
-from .transforms import RecordingError
+from .bucket import StorageError
+from .loading import RecordingError
+from .storage import is_remote
 from .windows import Item, cut_stream, steps, window_limits
 from .workers import Background, Source
 
@@ -105,17 +107,31 @@ class Reader:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def prefetch(self) -> Callable | None:
+        "What has a recording fetched from a bucket before it is read; None for local recordings."
+        is_elsewhere = getattr(getattr(self.dataset, "transform", None), "is_remote", False)
+        paths = getattr(self.dataset, "paths", [])
+        return self.fetch if is_elsewhere or any(path and is_remote(path) for path in paths) else None
+
+    def fetch(self, key: int | tuple[int, int]) -> None:
+        "Have local copies made of what a recording needs from a bucket, so that reading it does not wait."
+        i, _ = key if isinstance(key, tuple) else (key, None)
+        self.dataset.transform.prefetch(dict(uid=self.dataset.uids[i], path=self.dataset.paths[i]))
+
     def __getitem__(
         self,
         key: int | tuple[int, int],  # index in the dataset; in training with the epoch
     ) -> Item | Failure:
-        "A recording. Raises `RuntimeError` that names it for anything but a bad recording."
+        "A recording. Raises `StorageError` where a bucket does not answer, for any other mistake a `RuntimeError` that names it."
         i, _ = key if isinstance(key, tuple) else (key, None)
         try:
             sample = self.dataset[key if getattr(self.dataset, "takes_epoch", False) else i]
             check_sample(sample, self.sample_rate)
         except RecordingError as e:
             return Failure(i, e.uid, e.path, e.stage, str(e.error))
+        except StorageError:
+            raise
         except Exception as e:
             uids = getattr(self.dataset, "uids", None)
             raise RuntimeError(f"{f'uid {uids[i]}' if uids else f'row {i}'}: {type(e).__name__}: {e}") from e

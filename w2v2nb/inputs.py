@@ -23,9 +23,10 @@ from .data import WaveformDataset
 from .encoder import Encoder
 from .folds import Fold, hold_out, split_folds
 from .frontend import frame_geometry
+from .loading import RecordingError, in_bucket
 from .memory import padded_seconds
 from .model import Classifier, check_labels, read_settings
-from .transforms import Compose, RecordingError, in_bucket, pipeline
+from .transforms import Compose, pipeline
 
 # %% ../nbs/13c_inputs.ipynb #e5ca976c
 @checking()

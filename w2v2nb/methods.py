@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .cache import VectorCache, cache_dir
+from .cache import VectorCache
 from .config import Config, needs_validation, read_tune
 from .data import read_targets
 from .encoder import Encoder
@@ -19,6 +19,7 @@ from .extract import Recipe
 from .inputs import load_encoder, target_scale
 from .model import Classifier
 from .objectives import Objective, check_exclusive, find_pos_weight
+from .objects import cache_dir
 from .search import parse_space
 
 # %% ../nbs/13e_methods.ipynb #a50fe9e3

@@ -4,24 +4,29 @@
 
 # %% auto #0
 __all__ = ['is_remote', 'join', 'stage', 'exists', 'is_folder', 'names', 'read_bytes', 'read_text', 'sync', 'writing',
-           'write_text', 'writing_folder']
+           'write_text', 'upload_folder', 'writing_folder', 'delete', 'forget', 'mirror', 'normalize', 'place', 'push',
+           'remember']
 
 # %% ../nbs/01_storage.ipynb #16fca39d
+import json
 import os
-import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from .bucket import list_objects
+from .mirror import counterpart, delete_local, mirror, named, place, push, remove_below, send
+from .objects import MANIFEST, checksum_files, in_parallel
+from .remote import children, copy_of, forget, is_remote_folder, look_up, normalize, remember
+
+_all_ = ["forget", "mirror", "normalize", "place", "push", "remember"]
+
 # %% ../nbs/01_storage.ipynb #3754262d
 def is_remote(
-    path: str | os.PathLike,  # local path, or gs://BUCKET/NAME
+    path: str | os.PathLike,  # local path, gs://BUCKET/NAME or /gcs/BUCKET/NAME
 ) -> bool:
     "Whether `path` names an object in Cloud Storage. Raises `ValueError` for any scheme but gs://."
-    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+)://", os.fspath(path))
-    if scheme and scheme[1] != "gs":
-        raise ValueError(f"{path}: a path is local or begins with gs://, not {scheme[0]}; copy the data to one of the two")
-    return bool(scheme)
+    return normalize(path).startswith("gs://")
 
 # %% ../nbs/01_storage.ipynb #e48c21a9
 def join(
@@ -39,19 +44,16 @@ def join(
 def stage(
     path: str | os.PathLike,  # file or folder
 ) -> Path:
-    "A local path that holds what `path` holds; need not exist. Raises `ValueError` for gs://."
-    if is_remote(path):
-        raise ValueError(
-            f"{path}: this version of w2v2nb does not reach Cloud Storage yet; copy it to this machine with "
-            f"`gcloud storage cp -r {path} .` and give the local path"
-        )
-    return Path(path).expanduser()
+    "A local path that holds what `path` holds; need not exist. Raises `StorageError` where a bucket does not answer."
+    return copy_of(normalize(path)) if is_remote(path) else Path(path).expanduser()
 
 # %% ../nbs/01_storage.ipynb #ab5c1a56
 def exists(
     path: str | os.PathLike,  # file or folder
 ) -> bool:
     "Whether a file or folder is there."
+    if is_remote(path):
+        return bool(look_up(normalize(path))) or is_folder(path)
     return stage(path).exists()
 
 
@@ -59,13 +61,15 @@ def is_folder(
     path: str | os.PathLike,  # file or folder
 ) -> bool:
     "Whether `path` is a folder that is there."
-    return stage(path).is_dir()
+    return is_remote_folder(normalize(path)) if is_remote(path) else stage(path).is_dir()
 
 
 def names(
     folder: str | os.PathLike,  # folder to list
 ) -> list[str]:
     "Sorted names directly inside `folder`; empty when there is no such folder."
+    if is_remote(folder):
+        return children(normalize(folder))
     local = stage(folder)
     return sorted(os.listdir(local)) if local.is_dir() else []
 
@@ -77,7 +81,7 @@ def read_bytes(
     local = stage(path)
     if not local.is_file():
         kind = "is a folder, not a file" if local.is_dir() else "does not exist"
-        beside = ", ".join(names(local.parent)[:5]) or "nothing"
+        beside = ", ".join(names(os.path.dirname(normalize(path)) or ".")[:5]) or "nothing"
         raise FileNotFoundError(f"{path} {kind}; its folder holds: {beside}. Give the path of a file that is there")
     return local.read_bytes()
 
@@ -108,7 +112,13 @@ def writing(
     path: str | os.PathLike,  # file to write; missing folders above it are made
 ):
     "Context manager: a temporary local `Path` to write to, which becomes `path` at the end or not at all."
-    final = stage(path)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="w2v2nb-") as folder:
+            temporary = Path(folder) / os.path.basename(normalize(path))
+            yield temporary
+            send(temporary, normalize(path))
+        return
+    final = Path(path).expanduser()
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True) as folder:
         temporary = Path(folder) / final.name
@@ -116,6 +126,7 @@ def writing(
         sync(temporary)
         os.replace(temporary, final)
     sync(final.parent)
+    push(final)
 
 
 def write_text(
@@ -127,12 +138,30 @@ def write_text(
         temporary.write_text(text, encoding="utf-8", newline="")
 
 # %% ../nbs/01_storage.ipynb #9f087fca
+def upload_folder(
+    local: Path,  # folder to copy
+    uri: str,  # folder gs://BUCKET/FOLDER, of which nothing else is left
+) -> None:
+    "Upload a folder; its manifest is written last. Raises `StorageError`."
+    files = {file.relative_to(local).as_posix(): file for file in local.rglob("*") if file.is_file()}
+    write_text(f"{named(uri)}/{MANIFEST}", '{"files": null}\n')
+    kept = {f"{uri}/{name}" for name in [*files, MANIFEST]}
+    in_parallel(remove_below, [found.uri for found in list_objects(uri) if found.uri not in kept])
+    in_parallel(lambda name: send(files[name], f"{uri}/{name}"), files)
+    write_text(f"{uri}/{MANIFEST}", json.dumps({"files": checksum_files(files)}, indent=2) + "\n")
+
+
 @contextmanager
 def writing_folder(
     path: str | os.PathLike,  # folder to write
 ):
     "Context manager: a temporary local folder that becomes `path` at the end, in place of an old one, or not at all."
-    final = stage(path)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="w2v2nb-") as folder:
+            yield Path(folder)
+            upload_folder(Path(folder), normalize(path))
+        return
+    final = Path(path).expanduser()
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True) as folder:
         temporary = Path(folder) / final.name
@@ -144,3 +173,16 @@ def writing_folder(
             os.replace(final, Path(folder) / "old")
         os.replace(temporary, final)
     sync(final.parent)
+    if uri := counterpart(final):
+        upload_folder(final, uri)
+
+# %% ../nbs/01_storage.ipynb #2352bc69
+def delete(
+    path: str | os.PathLike,  # file or folder; nothing happens where there is none
+) -> None:
+    "Remove a file, or a folder with all it holds, and what it stands for in a bucket."
+    uri = normalize(path) if is_remote(path) else counterpart(path)
+    if not is_remote(path):
+        delete_local(Path(path).expanduser())
+    if uri:
+        remove_below(uri)
