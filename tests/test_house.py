@@ -31,13 +31,15 @@ def read_requirements(key):
 
 
 requirements, dev_requirements = read_requirements("requirements"), read_requirements("dev_requirements")
+vertex_requirements = read_requirements("vertex_requirements")
 declared = {canonicalize_name(r.name) for r in requirements}
 dev_declared = {canonicalize_name(r.name) for r in dev_requirements}
 bench_lines = (root / "tools" / "bench_requirements.txt").read_text(encoding="utf-8").splitlines()
 benchmarked = {canonicalize_name(Requirement(line).name) for line in bench_lines if line and not line.startswith("#")}
 
 # what a distribution is called in an import statement, where that isn't its own name
-import_names = {"scikit-learn": "sklearn", "google-cloud-storage": "google", "ipython": "IPython"}
+import_names = {"scikit-learn": "sklearn", "ipython": "IPython"}
+import_names |= {"google-cloud-storage": "google", "google-cloud-aiplatform": "google"}
 # declared but imported nowhere, and why
 used_otherwise = {
     "ipywidgets": "named by the users; 13_explore is still to come",
@@ -154,8 +156,13 @@ def test_wheel_has_the_settings(metadata):
     assert metadata["Requires-Python"] == f">={cfg['min_python']}"
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     assert {str(r) for r in required if "extra" not in str(r.marker)} == {str(r) for r in requirements}
-    extra = {(r.name, str(r.specifier)) for r in required if "extra" in str(r.marker)}
-    assert extra == {(r.name, str(r.specifier)) for r in dev_requirements}
+    for extra, wanted in {"dev": dev_requirements, "vertex": vertex_requirements}.items():
+        found = {(r.name, str(r.specifier)) for r in required if f'extra == "{extra}"' in str(r.marker)}
+        assert found == {(r.name, str(r.specifier)) for r in wanted}
+
+
+def test_extras_are_tested():
+    assert {*map(str, vertex_requirements)} <= {*map(str, dev_requirements)}, "an extra that isn't installed can't be tested"
 
 
 def test_wheel_has_modules_assets_and_command(wheel):
@@ -264,7 +271,8 @@ def test_modules_about_files_and_tables_import_no_torch():
 
 def test_cloud_widgets_and_pictures_wait_until_they_are_used():
     names = [f"w2v2nb.{path.stem}" for path in modules() if path.stem not in ("__init__", "__main__", "report", "explore")]
-    heavy = {"google.cloud.storage", "ipywidgets", "matplotlib", "librosa", "sklearn", "papermill", "IPython"}
+    heavy = {"google.cloud.storage", "google.cloud.aiplatform_v1"}
+    heavy |= {"ipywidgets", "matplotlib", "librosa", "sklearn", "papermill", "IPython"}
     assert not loaded_after(*names) & heavy
 
 

@@ -44,6 +44,16 @@ class Known:
             path, _, name = path.rpartition("/")
             self.children.setdefault(path, set()).add(name)
 
+    def add_all(self, base: str, listed: list[Object]) -> None:
+        "Take note of a folder with all its objects; it is covered when all of them are noted."
+        part = Known()
+        part.bases.add(base)
+        for found in listed:
+            part.add(found)
+        self.objects.update(part.objects)
+        self.children.update(part.children)
+        self.bases.add(base)
+
     def drop(self, uri: str) -> None:
         "Take note that an object is gone."
         self.objects.pop(uri, None)
@@ -65,13 +75,10 @@ def remember(
     uri: str,  # folder gs://BUCKET[/FOLDER]
 ) -> None:
     "List a folder, unless it is remembered already. Raises `StorageError`."
-    uri = uri.rstrip("/")
-    with known.lock:
-        if not known.covers(uri):
-            listed = list_objects(uri)
-            known.bases.add(uri)
-            for found in listed:
-                known.add(found)
+    uri, memory = uri.rstrip("/"), known
+    with memory.lock:
+        if not memory.covers(uri):
+            memory.add_all(uri, list_objects(uri))
 
 
 def note(
@@ -79,38 +86,40 @@ def note(
     found: Object | None,  # as it is now; None: it is gone
 ) -> None:
     "Keep what is remembered true after a write of this process."
-    with known.lock:
-        if known.covers(uri):
-            known.add(found) if found else known.drop(uri)
+    memory = known
+    with memory.lock:
+        if memory.covers(uri):
+            memory.add(found) if found else memory.drop(uri)
 
 
 def forget() -> None:
-    "Forget everything: the buckets are asked anew."
-    with known.lock:
-        known.bases, known.objects, known.children = set(), {}, {}
+    "Forget everything: the buckets are asked anew. Whoever is in the middle of a question gets the old answer."
+    global known
+    known = Known()
 
 # %% ../nbs/00c_remote.ipynb #de854928
 def look_up(
     uri: str,  # gs://BUCKET/NAME
 ) -> Object | None:
     "What is known about an object; None when there is none of that name. Raises `StorageError`."
-    return known.objects.get(uri) if known.covers(uri) else find_object(uri)
+    memory = known
+    return memory.objects.get(uri) if memory.covers(uri) else find_object(uri)
 
 
 def children(
     uri: str,  # folder gs://BUCKET[/FOLDER]
 ) -> list[str]:
     "Sorted names directly inside a folder; empty when there is none. Raises `StorageError`."
-    uri = uri.rstrip("/")
-    return sorted(known.children.get(uri, ())) if known.covers(uri) else list_names(uri)
+    uri, memory = uri.rstrip("/"), known
+    return sorted(memory.children.get(uri, ())) if memory.covers(uri) else list_names(uri)
 
 
 def is_remote_folder(
     uri: str,  # gs://BUCKET[/FOLDER]
 ) -> bool:
     "Whether something lies below it. Raises `StorageError`."
-    uri = uri.rstrip("/")
-    return uri in known.children if known.covers(uri) else bool(list_objects(uri, limit=1))
+    uri, memory = uri.rstrip("/"), known
+    return uri in memory.children if memory.covers(uri) else bool(list_objects(uri, limit=1))
 
 # %% ../nbs/00c_remote.ipynb #ff5cb2d9
 caches: dict[Path, ObjectCache] = {}

@@ -11,9 +11,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from threading import Event
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any
 from weakref import WeakSet
 
@@ -29,16 +31,34 @@ def prepare_ahead(
     n_ahead: int = 64,  # items to make ready ahead, at most
 ) -> Iterator[Any]:
     "The items of `order`, each made ready before it is handed out."
-    pool, waiting, items = ThreadPoolExecutor(N_THREADS, "prefetch"), deque(), iter(order)
+    items, todo, waiting = iter(order), SimpleQueue(), deque()
+    stop = Event()
+
+    def work() -> None:
+        for item, is_ready in iter(todo.get, None):
+            with suppress(Exception):
+                if not stop.is_set():
+                    prepare(item)
+            is_ready.set()
+
+    def begin(n: int) -> None:
+        for item in islice(items, n):
+            waiting.append((item, Event()))
+            todo.put(waiting[-1])
+
+    for _ in range(N_THREADS):
+        Thread(target=work, name="prefetch", daemon=True).start()
     try:
-        waiting.extend((item, pool.submit(prepare, item)) for item in islice(items, n_ahead))
+        begin(n_ahead)
         while waiting:
-            item, ready = waiting.popleft()
-            ready.exception()
-            waiting.extend((item, pool.submit(prepare, item)) for item in islice(items, 1))
+            item, is_ready = waiting.popleft()
+            is_ready.wait()
+            begin(1)
             yield item
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        stop.set()
+        for _ in range(N_THREADS):
+            todo.put(None)
 
 # %% ../nbs/04a_workers.ipynb #76b57786
 @dataclass
