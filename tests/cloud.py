@@ -32,6 +32,14 @@ LISTING = re.compile(r"/storage/v1/b/([^/]+)/o")
 BACKGROUND = re.compile(r"/storage/v1/b/[^/?]+\?projection=noAcl.*")  # the client asks for this now and then, in a thread
 
 
+# It writes all it knows to its disk at each upload, even where that is memory: with thousands of objects it does nothing else.
+START = """
+from gcp_storage_emulator import __main__, storage
+storage.Storage._write_config_to_file = lambda self: None
+__main__.main()
+"""
+
+
 @dataclass
 class Fault:
     """What is to go wrong with the requests of a method whose path has a text in it.
@@ -45,6 +53,7 @@ class Fault:
     path: str = ""  # any path that has this, decoded, with the query
     method: str = ""  # of any method when empty
     n: int = FOR_EVER  # how many requests
+    message: str = ""  # what the service says with a status; empty: its usual words
 
 
 @dataclass
@@ -72,7 +81,7 @@ class Emulator:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 address = f"http://127.0.0.1:{free.getsockname()[1]}"
-            command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory", "--quiet"]
+            command = [sys.executable, "-c", START, "start", "--in-memory", "--quiet"]
             command += ["--host", "127.0.0.1", "--port", str(urlsplit(address).port)]
             self.log = tempfile.TemporaryFile()
             self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
@@ -155,7 +164,7 @@ class Proxy:
                 is_meant = fault.path in path if fault.path else not BACKGROUND.fullmatch(path)
                 if fault.n > 0 and fault.method in ("", method) and is_meant:
                     fault.n -= 1
-                    return fault.kind
+                    return fault
         return None
 
     def seen(self, method="", path=""):
@@ -278,8 +287,9 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def carry_out(self, fault, body):
+        fault, message = (fault.kind, fault.message) if fault else (None, "")
         if isinstance(fault, int):
-            self.reply(refusal(fault, MESSAGES.get(fault, "")))
+            self.reply(refusal(fault, message or MESSAGES.get(fault, "")))
         elif fault == "stall":
             self.proxy.closing.wait()
             self.close_connection = True

@@ -107,16 +107,31 @@ def test_a_failure_says_what_why_and_what_to_do(fault, action, bucket, recording
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "cut", "half", "reset", "stall", 503])
-def test_a_failed_download_leaves_nothing_behind(fault, bucket, recording, impatient, tmp_path):
+def test_a_failed_download_leaves_what_was_there(fault, bucket, recording, impatient, tmp_path):
     (tmp_path / "to").mkdir()
     bucket.proxy.add(Fault(fault))
-    with pytest.raises(module.StorageError):
-        download(recording, tmp_path / "to")
-    assert os.listdir(tmp_path / "to") == []
     (tmp_path / "to" / "a.wav").write_bytes(b"old")
     with pytest.raises(module.StorageError):
         download(recording, tmp_path / "to")
-    assert (tmp_path / "to" / "a.wav").read_bytes() == b"old"
+    assert os.listdir(tmp_path / "to") == ["a.wav"] and (tmp_path / "to" / "a.wav").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, "Bucket is a requester pays bucket but no user project provided."),
+        (403, "Your application is authenticating by using local Application Default Credentials. The storage.googleapis.com API "
+              "requires a quota project, which is not set by default."),
+        (403, "Caller does not have required permission to use project p. Grant the caller the roles/serviceusage."
+              "serviceUsageConsumer role"),
+    ],
+    ids=["requester-pays", "no-quota-project", "not-of-the-project"],
+)  # fmt: skip
+@pytest.mark.parametrize("action", ACTIONS)
+def test_who_pays_has_a_remedy_of_its_own(status, message, action, bucket, recording, tmp_path):
+    bucket.proxy.add(Fault(status, message=message))
+    with pytest.raises(module.AccessError, match="gcloud auth application-default set-quota-project PROJECT"):
+        action(recording, tmp_path)
 
 
 def test_damage_is_said(bucket, recording, tmp_path):
@@ -162,11 +177,12 @@ def test_no_credentials(bucket, tmp_path):
 
 
 @each_action([503, 429, "reset", "lost", "cut", "corrupt"])
-def test_two_failures_are_survived(fault, action, bucket, recording, tmp_path, monkeypatch):
+def test_what_passes_is_survived(fault, action, bucket, recording, tmp_path, monkeypatch):
     monkeypatch.setenv("W2V2NB_STORAGE_TIMEOUT", "30")
-    bucket.proxy.add(Fault(fault, n=2))
+    n = 2 if fault == 503 else 1
+    bucket.proxy.add(Fault(fault, n=n))
     action(recording, tmp_path)
-    assert len(bucket.proxy.requests) >= 3
+    assert len(bucket.proxy.requests) > n
     if action is download:
         assert (tmp_path / "a.wav").read_bytes() == CONTENT
     elif action is upload:
@@ -311,3 +327,88 @@ def test_a_manifest_of_somebody_else_is_said(bucket, cache):
     bucket.put("folder/manifest.json", json.dumps(["something else"]))
     with pytest.raises(module.StorageError, match="not a manifest of w2v2nb"):
         objects.keep_folder(cache, f"{bucket.uri}/folder", module.list_objects(f"{bucket.uri}/folder"))
+
+
+# Recordings, fetched ahead of the reader
+
+
+@pytest.fixture
+def recordings(bucket):
+    "Twelve of the shipped recordings in a bucket: its folder, and their table."
+    from w2v2nb import data, samples
+
+    table = data.read_annotations(f"{samples.split_root()}/train.csv").head(12)
+    for uid in table.uid:
+        bucket.put_folder(Path(samples.prefix()) / uid, f"recordings/{uid}")
+    return f"{bucket.uri}/recordings", table
+
+
+def read(prefix, table, **options):
+    "The waveforms of a table by uid, and the recordings that were set aside."
+    from w2v2nb.batch import Batches
+    from w2v2nb.data import WaveformDataset
+    from w2v2nb.transforms import pipeline
+
+    batches = Batches(WaveformDataset(table, [], pipeline(prefix)), max_items=5, **options)
+    try:
+        found = {uid: row[:n].numpy() for b in batches for uid, row, n in zip(b.uids, b.waveform, b.lengths, strict=True)}
+    finally:
+        batches.close()
+    return found, batches.failures
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_recordings_in_a_bucket_are_those_on_this_machine(num_workers, bucket, recordings):
+    from w2v2nb import samples
+
+    prefix, table = recordings
+    bucket.proxy.delay_s = 0.1
+    found, failures = read(prefix, table, num_workers=num_workers)
+    wanted, _ = read(samples.prefix(), table)
+    assert failures == [] and sorted(found) == sorted(wanted) == sorted(table.uid)
+    assert all((found[uid] == wanted[uid]).all() for uid in wanted)
+    n_files = sum(len(list((Path(samples.prefix()) / uid).iterdir())) for uid in table.uid)
+    assert len(bucket.proxy.seen("GET", "alt=media")) == n_files, "each file is downloaded once, whoever reads it"
+    assert bucket.proxy.most_at_once("GET", "alt=media") >= 6, "while one is on its way, others are too"
+
+
+def test_a_recording_that_is_missing_or_damaged_is_set_aside(bucket, recordings):
+    prefix, table = recordings
+    missing, damaged = table.uid.iloc[3], table.uid.iloc[7]
+    for name in bucket.names(f"recordings/{missing}/"):
+        bucket.delete(name)
+    bucket.proxy.add(Fault("corrupt", path=f"{damaged}/waveform"))
+    found, failures = read(prefix, table)
+    assert sorted(found) == sorted(set(table.uid) - {missing, damaged})
+    told = {failure.uid: failure.error for failure in failures}
+    assert sorted(told) == sorted([missing, damaged])
+    assert "is there; correct the prefix" in told[missing]
+    assert f"{prefix}/{damaged}/waveform" in told[damaged] and "CRC32C" in told[damaged]
+
+
+@pytest.mark.parametrize("fault", [403, 503])
+def test_a_bucket_that_does_not_answer_ends_the_reading(fault, bucket, recordings, impatient):
+    "It concerns all recordings: setting them aside one by one would leave a table that looks finished."
+    prefix, table = recordings
+    bucket.proxy.add(Fault(fault, path=f"{table.uid.iloc[5]}/waveform"))
+    with pytest.raises(module.StorageError, match=f"{prefix}/{table.uid.iloc[5]}.*{fault}"):
+        read(prefix, table)
+
+
+def test_an_interrupted_reader_does_not_wait_for_a_bucket_that_is_silent(bucket, recordings):
+    prefix, table = recordings
+    code = (
+        "import sys\nfrom w2v2nb import storage\nfrom w2v2nb.workers import prepare_ahead\n"
+        "names = iter(prepare_ahead(storage.stage, sys.argv[1:]))\n"
+        "print('waiting', flush=True)\nnext(names)\n"
+    )
+    bucket.proxy.add(Fault("stall", path="waveform"))
+    uris = [f"{prefix}/{uid}/waveform.flac" for uid in table.uid]
+    process = run_python(code, *uris, environment=bucket.environment | {"W2V2NB_STORAGE_TIMEOUT": "120"})
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert "KeyboardInterrupt" in errors

@@ -265,7 +265,7 @@ def test_the_package_itself_imports_nothing():
 
 
 def test_modules_about_files_and_tables_import_no_torch():
-    names = [f"w2v2nb.{name}" for name in ("samples", "storage", "data", "metrics", "report", "config")]
+    names = [f"w2v2nb.{name}" for name in ("samples", "storage", "data", "metrics", "report", "config", "vertex")]
     assert not loaded_after(*names) & {"torch", "torchaudio", "transformers"}
 
 

@@ -88,7 +88,7 @@ def explain(
     error = (error.cause if isinstance(error, RetryError) else None) or error
     status = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
     told = " ".join(str(error).split())
-    if "serviceusage" in told or "quota project" in told or "UserProject" in told:
+    if any(words in told.lower() for words in ("serviceusage", "quota project", "user project", "userproject")):
         advice = "run `gcloud auth application-default set-quota-project PROJECT`, or name the project: -p PROJECT"
         return AccessError(f"{uri}: could not {action} it, no project to bill was named; {advice}")
     if isinstance(error, GoogleAuthError) or status == 401:

@@ -96,17 +96,17 @@ def read_config(
     folder: Path,  # a checkpoint
 ) -> dict:
     "`config.json` of a checkpoint, completed. Raises `FileNotFoundError` for none, `ValueError` for another kind of model."
-    config = read_json(folder / "config.json")
+    config, place = read_json(folder / "config.json"), storage.place(folder)
     if not config:
         held = ", ".join(storage.names(folder)[:5]) or "nothing"
-        raise FileNotFoundError(f"{folder} has no config.json (it holds: {held}); give a checkpoint's own folder")
+        raise FileNotFoundError(f"{place} has no config.json (it holds: {held}); give a checkpoint's own folder")
     if "classifiers" in config:
-        raise ValueError(f"{folder} is a fine-tuned model, not a checkpoint; load it with `Classifier.load` (`-mp FOLDER`)")
+        raise ValueError(f"{place} is a fine-tuned model, not a checkpoint; load it with `Classifier.load` (`-mp FOLDER`)")
     if config.get("model_type") not in FAMILIES:
         kind = config.get("model_type")
-        raise ValueError(f"{folder} holds a model of type {kind!r}; supported are {', '.join(FAMILIES)}")
+        raise ValueError(f"{place} holds a model of type {kind!r}; supported are {', '.join(FAMILIES)}")
     if config.get("add_adapter"):
-        raise ValueError(f"{folder} has an adapter after its last block (add_adapter); choose a checkpoint without one")
+        raise ValueError(f"{place} has an adapter after its last block (add_adapter); choose a checkpoint without one")
     return complete(config)
 
 # %% ../nbs/05c_checkpoint.ipynb #f649b1d9

@@ -18,6 +18,7 @@ from itertools import islice, product
 from pydantic import ValidationError
 
 from .fields import MODES, ConfigError, checking, is_none
+from .job import job_folder
 from .settings import Config, group_fields
 
 _all_ = ["MODES", "ConfigError", "checking", "Config"]  # so that config has everything about a configuration
@@ -236,6 +237,8 @@ def configure(
     **values,  # the fields of `Config`; text is read as the command line reads it
 ) -> Config:
     "A checked configuration. Raises `ConfigError` naming everything that is missing, unknown or wrong."
+    if is_none(values.get("exp_dir")) and job_folder():
+        values["exp_dir"] = job_folder()
     config, found = judge(mode=mode, **values)
     if config and not found and mode == "finetune" and config.search:
         found = search_problems(config)

@@ -24,12 +24,14 @@ from .encoder import Encoder
 from .features import FeatureBatches, FeatureTable, read_features
 from .folder import RunFolder
 from .inputs import load_encoder, read_batches, target_scale
+from .job import report_metric
 from .methods import make_model, read_objective
 from .model import Classifier
 from .optim import make_optimizer, make_schedule
 from .processes import count_processes, make_accelerator, merge_rows, process_number
 from .results import save_model, write_result
 from .search import parse_space
+from .storage import push
 from .train import Settings, Trainer, estimate_epoch_s, fit, is_done, load_state, save_state, take_notes, trainable
 
 # %% ../nbs/13g_fitting.ipynb #ff11de64
@@ -186,11 +188,13 @@ class Watch:
         save_state(self.trainer, self.work / "state.pt")
         if self.folder:
             write_result(self.folder / "history.csv", self.trainer.history)
+            report_metric(self.trainer.history, self.trainer.settings.monitor)
             print(format_row(row), flush=True)
             self.curves.update(self.trainer.history)
         if self.board_folder:
             self.board = self.board or BoardWriter(self.board_folder)
             self.board.write(row)
+            push(self.board_folder)
 
     def close(self) -> None:
         for shown in (self.curves, self.board):

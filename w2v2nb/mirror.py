@@ -10,17 +10,18 @@ __all__ = ['mirrors', 'seen', 'GUARDED', 'counterpart', 'place', 'pull', 'list_w
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from .bucket import Object, checksum, list_objects, remove, split, upload
 from .objects import MANIFEST, cache_dir, download_all, in_parallel, is_complete
-from .remote import normalize, note
+from .remote import normalize, note, origins
 
 # %% ../nbs/00d_mirror.ipynb #7cee6972
 mirrors: dict[Path, str] = {}  # local folder -> gs:// folder
-seen: dict[str, int] = {}  # generation of each run.json, 0 where there is none
+seen: dict[Path, int] = {}  # generation that each local run.json stands for, 0 where there is none
 GUARDED = "run.json"
 
 
@@ -40,7 +41,7 @@ def place(
     path: str | os.PathLike,  # local, or gs://
 ) -> str:
     "What to call a path in front of people: the gs:// path that it stands for, else the path itself."
-    return counterpart(path) or os.fspath(path)
+    return counterpart(path) or origins.get(Path(path)) or os.fspath(path)
 
 # %% ../nbs/00d_mirror.ipynb #66a9fc37
 def pull(
@@ -50,7 +51,7 @@ def pull(
     "Make a local folder equal to the bucket's. Raises `StorageError`."
     there = {found.uri.removeprefix(f"{uri}/"): found for found in list_whole(uri)}
     guarded = there.get(GUARDED)
-    seen[f"{uri}/{GUARDED}"] = guarded.generation if guarded else 0
+    seen[root / GUARDED] = guarded.generation if guarded else 0
     for file in sorted(root.rglob("*"), reverse=True):  # what lies in a folder before the folder
         if file.is_dir():
             if not any(file.iterdir()):
@@ -98,11 +99,9 @@ def mirror(
     root = cache_dir() / "runs" / hashlib.sha256(uri.encode()).hexdigest()[:32]
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     mirrors[root] = uri
-    try:
+    with FileLock(root.with_suffix(".pull")), suppress(Timeout):  # several processes of one run ask at the same time
         with FileLock(root / ".lock", timeout=0):
             pull(root, uri)
-    except Timeout:
-        pass
     return root
 
 # %% ../nbs/00d_mirror.ipynb #9388d460
@@ -120,10 +119,10 @@ def send(
     uri: str,  # gs://BUCKET/NAME
 ) -> None:
     "Upload a file, a guarded one only if nobody else has. Raises `StorageError`."
-    found = upload(file, uri, seen.get(uri))
+    found = upload(file, uri, seen.get(file))
     note(uri, found)
-    if uri in seen:
-        seen[uri] = found.generation
+    if file in seen:
+        seen[file] = found.generation
 
 
 def remove_below(
@@ -134,7 +133,7 @@ def remove_below(
     in_parallel(remove, doomed)
     for each in doomed:
         note(each, None)
-    seen.update({guarded: 0 for guarded in seen if f"{guarded}/".startswith(f"{uri}/")})
+    seen.update({guarded: 0 for guarded in seen if f"{counterpart(guarded)}/".startswith(f"{uri}/")})
 
 
 def delete_local(

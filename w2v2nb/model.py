@@ -183,23 +183,24 @@ def read_settings(
     folder: Path,  # a model's folder
 ) -> dict:
     "`config.json` of a saved model. Raises `FileNotFoundError` or `ValueError` when the folder is not one of ours."
+    place = storage.place(folder)
     if not folder.is_dir():
-        beside = ", ".join(storage.names(folder.parent)[:5]) or "nothing"
-        raise FileNotFoundError(f"there is no folder {folder} (beside it: {beside}); give the NAME_model of a finetune run")
+        beside = ", ".join(storage.names(os.path.dirname(place))[:5]) or "nothing"
+        raise FileNotFoundError(f"there is no folder {place} (beside it: {beside}); give the NAME_model of a finetune run")
     config, held = read_json(folder / "config.json"), ", ".join(storage.names(folder)[:5]) or "nothing"
     if config.get("format") != FORMAT["format"]:
         kind = "a checkpoint, not a fine-tuned model" if "model_type" in config else "not a model saved by w2v2nb"
         error = ValueError if config else FileNotFoundError
-        raise error(f"{folder} is {kind} (it holds: {held}); give the NAME_model folder that a finetune run wrote")
+        raise error(f"{place} is {kind} (it holds: {held}); give the NAME_model folder that a finetune run wrote")
     version = config.get("format_version")
     if version not in (1, FORMAT["format_version"]):
-        raise ValueError(f"{folder} has format version {version}, and 1 and 2 are read here; use the w2v2nb that wrote it")
+        raise ValueError(f"{place} has format version {version}, and 1 and 2 are read here; use the w2v2nb that wrote it")
     config = {"head": None, **config} if version == 1 else config  # there was one kind of head
     lacking = [f"config.json lacks {name}" for name in (*CHOICES, "backbone") if name not in config]
     if not (folder / "preprocessor_config.json").is_file():
         lacking.append("preprocessor_config.json is missing")
     if lacking:
-        raise ValueError(f"{folder} is incomplete: {', '.join(lacking)}; copy the model's folder again")
+        raise ValueError(f"{place} is incomplete: {', '.join(lacking)}; copy the model's folder again")
     return config
 
 # %% ../nbs/07_model.ipynb #ca14d1ec

@@ -9,7 +9,6 @@ __all__ = ['GROUP_BYTES', 'RUN', 'BLOCK_BYTES', 'rows_table', 'row_bytes', 'writ
 
 # %% ../nbs/08a_parts.ipynb #e4832f05
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from itertools import chain, groupby, islice
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .storage import names, read_text, write_text, writing, writing_folder
+from .storage import delete, names, read_text, write_text, writing, writing_folder
 
 # %% ../nbs/08a_parts.ipynb #f263328e
 def rows_table(
@@ -96,7 +95,7 @@ def remove_unfinished(
     "Remove what a killed process has left of unfinished writes."
     for name in names(work):
         if name.startswith((".part-", ".progress.json")):
-            shutil.rmtree(Path(work) / name)
+            delete(Path(work) / name)
 
 # %% ../nbs/08a_parts.ipynb #daf709fb
 RUN = np.dtype([(name, np.int64) for name in ("row", "part", "group", "start", "count")] + [("is_shortened", bool)])

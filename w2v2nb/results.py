@@ -50,8 +50,8 @@ def working(
     if process_number():
         folder.about = {"name": run_name(config)} | folder.about
         gather(None)  # the first process may have to remove an old run
-        if not (folder.path / "run.json").exists():
-            raise ConfigError(f"exp_dir {folder.path} is not the first process's; it should be a folder that all machines share")
+        if not RunFolder(config.exp_dir).about:  # from a bucket another machine gets it only now
+            raise ConfigError(f"exp_dir {folder.place} is not the first process's; it should be a folder that all machines share")
         yield folder / "work"
     else:
         with recording(folder, config, fingerprints, warnings) as work:
@@ -96,7 +96,7 @@ def finish(
     if found:
         first = next(iter(found.values()))
         print(f"set aside, for example: {first['uid']} ({first['stage']}): {first['error']}")
-    print(f"{n_rows} rows written to {folder.path}, {len(found)} recordings set aside (see {(folder / 'failures.csv').name})")
+    print(f"{n_rows} rows written to {folder.place}, {len(found)} recordings set aside (see {(folder / 'failures.csv').name})")
     return folder
 
 # %% ../nbs/13f_results.ipynb #2d43c34c

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .backbone import pick_device
+from .bucket import use_project
 from .config import Config, checking
 from .crossing import cross_validate
 from .extract import Recipe, extract
@@ -156,12 +157,15 @@ def start(
     config: Config,  # from `configure` or `read_parameters`
 ) -> RunFolder:
     "Run the configuration's mode; return its folder. Raises `ConfigError` before any work."
+    use_project(config.project_name)
+    if config.cache_dir:
+        os.environ["W2V2NB_CACHE_DIR"] = config.cache_dir  # for local copies, of worker processes too
     config = join_processes(config)
     folder = claim(config)
     gather(None)
     is_whole = all((folder.path / name).exists() for name in folder.about.get("files", []))
     if config.resume and folder.about.get("state") == "finished" and is_whole:
-        print(f"{folder.path} holds a finished run of {folder.about['counts']['rows']} rows; there is nothing left to do")
+        print(f"{folder.place} holds a finished run of {folder.about['counts']['rows']} rows; there is nothing left to do")
         return folder
     mode = {"finetune": finetune, "eval-only": evaluate_model, "extraction": extract_embeddings}[config.mode]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if process_number() else nullcontext():

@@ -19,12 +19,13 @@ from .folder import RunFolder, is_locked
 def find_state(
     folder: RunFolder,  # holds a run; what it says may be renewed
 ) -> str:
-    "running, finished, failed, interrupted, or killed."
+    "running, finished, failed, interrupted, killed, or elsewhere: on another machine, or killed there."
     state = folder.about["state"]
     if state == "running" and not is_locked(folder.path):
         folder.about = RunFolder(folder.path).about
         state = folder.about["state"]
-        return "killed" if state == "running" and not is_locked(folder.path) else state
+        if state == "running" and not is_locked(folder.path):
+            return "elsewhere" if storage.is_remote(folder.place) else "killed"
     return state
 
 # %% ../nbs/13d_status.ipynb #d703754a
@@ -87,6 +88,7 @@ def measure_epochs(
 
 # %% ../nbs/13d_status.ipynb #59f4ff78
 ADVICE = {
+    "elsewhere": "running on another machine, or killed there; if it does not go on, the same command with --resume does",
     "killed": "killed: run.json says running, but no process is at work here; the same command with --resume goes on",
     "interrupted": "interrupted; the same command with --resume goes on",
 }
@@ -101,7 +103,7 @@ def status(
     folder / ""  # which raises when there is no run
     state = find_state(folder)
     about, is_running = folder.about, state == "running"
-    told = {"run": f"{about['mode']}, {about['name']}, in {folder.path}", "state": ADVICE.get(state, state)}
+    told = {"run": f"{about['mode']}, {about['name']}, in {folder.place}", "state": ADVICE.get(state, state)}
     if state == "failed":
         error = str(about.get("error"))
         remedy = "begin anew with --overwrite" if "FloatingPointError" in error else "the same command with --resume goes on"

@@ -98,7 +98,7 @@ def remove_states(
     "Remove the states of trainings that have ended, each several times as large as a model."
     for path in work.rglob("state.pt") if not process_number() else []:
         if path.parent != but:
-            path.unlink()
+            storage.delete(path)
 
 
 def run_trial(
