@@ -105,10 +105,10 @@ def test_a_bucket_can_be_named_in_three_ways(there, tmp_path):
 def test_a_path_column_may_name_another_bucket(there, inputs, make_bucket, tmp_path):
     other, table = make_bucket(), pd.read_csv(inputs / "split" / "test.csv", dtype={"uid": str}).head(3)
     files = [next((inputs / "audio" / uid).glob("waveform.*")) for uid in table.uid]
-    table["path"] = [other.put(f"x/{uid}{file.suffix}", file.read_bytes()) for uid, file in zip(table.uid, files, strict=True)]
+    table["path"] = [other.put(f"x/{file.parent.name}{file.suffix}", file.read_bytes()) for file in files]
     table.to_csv(tmp_path / "t.csv", index=False)
-    arguments = ["-i", str(inputs / "audio"), "-d", str(tmp_path / "t.csv"), "-c", samples.checkpoint(), "-o", str(tmp_path / "x")]
-    assert main(["extraction", *arguments, *QUICK]) == 0
+    arguments = ["extraction", "-i", str(inputs / "audio"), "-d", str(tmp_path / "t.csv"), "-c", samples.checkpoint()]
+    assert main([*arguments, "-o", str(tmp_path / "x"), *QUICK]) == 0
     assert RunFolder(tmp_path / "x").about["counts"] == {"rows": 3, "failures": 0, "shortened": 3}
 
 
@@ -136,6 +136,21 @@ def test_a_bucket_that_may_not_be_read_stops_the_run_before_any_work(there, caps
     told = capsys.readouterr().err.strip()
     assert "403" in told and "roles/storage.object" in told and len(told.splitlines()) == 1
     assert not there.names("out")
+
+
+@pytest.mark.parametrize("part", [("-d", "in/none.csv"), ("-c", "in/none"), ("-i", "in/none")])
+def test_what_is_missing_in_a_bucket_is_one_sentence_before_any_work(there, part, capsys):
+    flag, name = part
+    assert main([*command("extraction", f"{there.uri}/in", f"{there.uri}/out"), flag, f"{there.uri}/{name}"]) in (1, 2)
+    told = capsys.readouterr().err.strip()
+    assert f"{there.uri}/{name}" in told and len(told.splitlines()) == 1
+    assert not there.names("out")
+
+
+def test_the_status_of_a_folder_without_a_run_is_one_sentence(there, capsys):
+    assert main(["status", f"{there.uri}/out"]) == 2
+    told = capsys.readouterr().err
+    assert f"{there.uri}/out holds no run" in told and told.count("\n") == 1
 
 
 def start_until(arguments, environment, happened):
@@ -179,7 +194,8 @@ def test_a_killed_extraction_is_resumed_by_another_machine(there, inputs, tmp_pa
     another_machine(monkeypatch, tmp_path / "elsewhere")
     assert main([*arguments, "--resume"]) == 0
     assert main([*where, "-o", str(tmp_path / "whole"), "--cache", "False", "-bs", "4", *QUICK]) == 0
-    found = [pd.read_parquet(folder / "embeddings.parquet") for folder in (RunFolder(f"{there.uri}/out"), RunFolder(tmp_path / "whole"))]
+    folders = (RunFolder(f"{there.uri}/out"), RunFolder(tmp_path / "whole"))
+    found = [pd.read_parquet(folder / "embeddings.parquet") for folder in folders]
     assert before and list(found[0].uid) == list(found[1].uid) == [*many.uid]
     values = [table.select_dtypes("number").to_numpy() for table in found]
     np.testing.assert_allclose(*values, atol=1e-5)
@@ -202,11 +218,10 @@ def test_overwriting_removes_what_is_in_the_bucket(there, capsys):
     assert main(arguments) == 2 and "already holds a run" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--layer", "0,1"]) == 0
     assert there.get("out/extraction/notes.txt") == b"mine"
-    inside = ["extraction", "-i", f"{there.uri}/in/audio", "-d", f"{there.uri}/in/split/test.csv", "-c", f"{there.uri}/in/checkpoint"]
-    assert main([*inside, "-o", f"{there.uri}/in", "--overwrite", *QUICK]) == 2
+    assert main([*arguments, "-o", f"{there.uri}/in", "--overwrite"]) == 2
     assert "overwrite would remove prefix" in capsys.readouterr().err
 
 
 def test_a_whole_bucket_is_no_folder_for_results(there, capsys):
-    assert main(["extraction", "-i", f"{there.uri}/in/audio", "-d", f"{there.uri}/in/split/test.csv", "-o", there.uri, *QUICK]) == 2
+    assert main([*command("extraction", f"{there.uri}/in", there.uri), "-o", there.uri]) == 2
     assert "is a whole bucket" in capsys.readouterr().err

@@ -57,7 +57,6 @@ def test_negative_layers_and_bare_booleans():
         (["demo", "--resume"], "demo takes at most one word"),
         (["demo", "a", "b"], "demo takes at most one word"),
         (["extraction", "-i", "gs://bucket/a", "-d", "t.csv", "-o", "out"], "t.csv does not exist"),
-        (["extraction", "-i", "a", "-d", "gs://bucket/t.csv", "-o", "out"], "does not reach Cloud Storage yet"),
         (["extraction", "-i", "a", "-d", "t.csv", "-o", "s3://bucket/out"], "a path is local or begins with gs://"),
     ],
 )

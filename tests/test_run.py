@@ -888,7 +888,6 @@ def test_the_test_table_never_chooses_the_epoch(small, tmp_path):
         (dict(checkpoint="no/such-checkpoint"), "hf download no/such-checkpoint"),
         (dict(layer=4), "this model has layers 0 to 3"),
         (dict(data_split_root="."), "is a folder; extraction takes one CSV"),
-        (dict(bucket_name="bucket"), "does not reach Cloud Storage yet"),
         (dict(mdl_path=samples.checkpoint()), "is a checkpoint, not a fine-tuned model"),
         (dict(precision="fp16"), "fp16 needs a CUDA device"),
     ],

@@ -177,8 +177,10 @@ def client() -> "Client":
             from requests.adapters import HTTPAdapter
 
             with explaining("Cloud Storage", "use"):
+                project, is_real = made["project"], not os.environ.get("STORAGE_EMULATOR_HOST")
+                options = {"quota_project_id": project} if project and is_real else None
                 try:
-                    found = Client(project=made["project"])
+                    found = Client(project=project, client_options=options)
                 except OSError:  # credentials that name no project, which objects do not need
                     found = Client(project="none")
             for scheme in ("https://", "http://"):

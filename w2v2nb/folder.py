@@ -25,7 +25,6 @@ from filelock import FileLock, Timeout
 from . import storage
 from .bucket import ChangedError
 from .config import Config, ConfigError, checking
-from .loading import in_bucket
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,6 +108,8 @@ def check_place(
     config: Config,  # exp_dir, overwrite and the inputs
 ) -> None:
     "Raise `ValueError` when exp_dir cannot be a folder to write to, or when inputs lie in a run that is to be replaced."
+    from w2v2nb.loading import in_bucket  # loads torch, which somebody who only asks for the status should not wait for
+
     path = Path(config.exp_dir).expanduser().absolute()
     above = next(parent for parent in (path, *path.parents) if parent.exists())
     if not storage.is_remote(config.exp_dir) and not (above.is_dir() and os.access(above, os.W_OK)):
