@@ -2,6 +2,7 @@
 
 import nbformat
 import pytest
+from cloud import Fault
 
 from w2v2nb import samples
 from w2v2nb.__main__ import main
@@ -83,6 +84,36 @@ def test_what_is_no_notebook_and_an_unknown_kernel_are_told(path, tmp_path, caps
     assert main(["papermill", str(path), str(tmp_path / "out.ipynb"), "-k", "conda-base-py"]) == 2
     assert "there is no kernel conda-base-py on this machine; it has: " in capsys.readouterr().err
     assert main(["papermill", str(path)]) == 2 and "out" in capsys.readouterr().err
+    for pair, words in [(["n"], "takes a name and a value"), (["anything", "[1"], "'[1' is not a value as in YAML")]:
+        assert main(["papermill", str(path), str(tmp_path / "out.ipynb"), "-p", *pair]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_negative_values_are_values(path, tmp_path):
+    assert main(["papermill", str(path), str(tmp_path / "out.ipynb"), "-p", "rate", "-1e-5", "-p", "n", "-3"]) == 0
+    assert printed((tmp_path / "out.ipynb").read_text()) == ["-2 -1e-05 False x"]
+
+
+def test_a_saved_run_notebook_has_its_own_values(tmp_path):
+    import re
+
+    source = open("nbs/runs/extract.ipynb").read()
+    filled = re.sub(r"(prefix: str) = None", r"\1 = '/no/recordings'", source)
+    (tmp_path / "mine.ipynb").write_text(filled)
+    with pytest.raises(ConfigError) as caught:
+        run_notebook(tmp_path / "mine.ipynb", tmp_path / "out.ipynb", {"exp_dir": str(tmp_path / "x")})
+    assert "data_split_root" in str(caught.value) and "prefix" not in str(caught.value)
+
+
+def test_a_kernel_that_dies_and_a_bucket_that_refuses_are_told(bucket, tmp_path, capsys):
+    (tmp_path / "dies.ipynb").write_text(notebook("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+    assert main(["papermill", str(tmp_path / "dies.ipynb"), str(tmp_path / "out.ipynb")]) == 1
+    assert "the kernel of dies.ipynb died" in capsys.readouterr().err
+    (tmp_path / "add.ipynb").write_text(notebook("print(n + 1)"))
+    bucket.proxy.add(Fault(403, method="POST"))
+    assert main(["papermill", str(tmp_path / "add.ipynb"), f"{bucket.uri}/out.ipynb"]) == 1
+    kept = capsys.readouterr().err.strip().rpartition(" ")[2]
+    assert printed(open(kept).read()) == ["2"]
 
 
 def test_the_command_runs_with_a_file_and_single_parameters(path, tmp_path, capsys):
@@ -91,7 +122,7 @@ def test_the_command_runs_with_a_file_and_single_parameters(path, tmp_path, caps
     assert main(["papermill", str(path), str(out), "-f", str(tmp_path / "p.yaml"), "-p", "n", "41", "-p", "is_on", "true"]) == 0
     assert printed(out.read_text()) == ["42 1e-05 True 007"]
     told = capsys.readouterr().out
-    assert "cell 2 of 4: Adding up" in told and "42 1e-05 True 007" in told and f"written: {out}" in told
+    assert "cell 2 of 4: Adding up (after " in told and "42 1e-05 True 007" in told and f"written: {out}" in told
     assert "Ending Cell" not in told
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import bucket, storage
-from .config import ConfigError
+from .config import ConfigError, checking
 from .objects import cache_dir
 
 if TYPE_CHECKING:
@@ -294,7 +294,8 @@ def main(
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         raise ConfigError("doctor takes at most one word: w2v2nb doctor gs://BUCKET/FOLDER, or a folder of this machine")
     is_well = True
-    for finding in checks(*arguments):
-        print(finding, flush=True)
-        is_well = is_well and finding.mark != "no"
+    with checking():
+        for finding in checks(*arguments):
+            print(finding, flush=True)
+            is_well = is_well and finding.mark != "no"
     return 0 if is_well else 1

@@ -103,9 +103,9 @@ class Load:
             remember(normalize(join(in_bucket(self.prefix, self.bucket), self.study)))
 
     def prefetch(self, sample: dict) -> None:
-        "Have local copies made of a recording and its metadata.json; what fails here is told when they are read."
+        "Have local copies made of a recording and its metadata.json. A bad recording is told when it is read."
         prefix = in_bucket(self.prefix, self.bucket)
-        with suppress(ValueError, OSError):
+        with suppress(ValueError, FileNotFoundError, DamagedError):
             self.list_recordings()
             stage(find(sample["uid"], prefix, self.study, sample.get("path")))
             read_metadata(sample["uid"], prefix, self.study)

@@ -10,8 +10,7 @@ __all__ = ['WORKER_DIED', 'END', 'ENDED', 'prepare_ahead', 'Order', 'start_worke
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from queue import SimpleQueue
@@ -26,24 +25,23 @@ from .bucket import N_THREADS
 
 # %% ../nbs/04a_workers.ipynb #8646f751
 def prepare_ahead(
-    prepare: Callable[[Any], None],  # makes an item ready; its failures are told by whoever reads the item
+    prepare: Callable[[Any], None],  # makes an item ready
     order: Iterable,  # items in the order of their reading
     n_ahead: int = 64,  # items to make ready ahead, at most
 ) -> Iterator[Any]:
-    "The items of `order`, each made ready before it is handed out."
-    items, todo, waiting = iter(order), SimpleQueue(), deque()
-    stop = Event()
+    "The items of `order`, each made ready before it is handed out. Raises what `prepare` raised, when it is that item's turn."
+    items, todo, waiting, stop = iter(order), SimpleQueue(), deque(), Event()
 
     def work() -> None:
-        for item, is_ready in iter(todo.get, None):
-            with suppress(Exception):
-                if not stop.is_set():
-                    prepare(item)
-            is_ready.set()
+        for item, ready in iter(todo.get, None):
+            try:
+                ready.set_result(None if stop.is_set() else prepare(item))
+            except Exception as e:
+                ready.set_exception(e)
 
     def begin(n: int) -> None:
         for item in islice(items, n):
-            waiting.append((item, Event()))
+            waiting.append((item, Future()))
             todo.put(waiting[-1])
 
     for _ in range(N_THREADS):
@@ -51,8 +49,8 @@ def prepare_ahead(
     try:
         begin(n_ahead)
         while waiting:
-            item, is_ready = waiting.popleft()
-            is_ready.wait()
+            item, ready = waiting.popleft()
+            ready.result()
             begin(1)
             yield item
     finally:
