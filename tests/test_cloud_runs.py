@@ -11,11 +11,15 @@ import pandas as pd
 import pytest
 from cloud import Fault
 
-from w2v2nb import samples, storage
+from w2v2nb import mirror, samples, storage
 from w2v2nb.__main__ import main
+from w2v2nb.batch import Batches
+from w2v2nb.bucket import DamagedError, unpack
 from w2v2nb.config import ConfigError
+from w2v2nb.data import WaveformDataset
 from w2v2nb.folder import RunFolder
 from w2v2nb.status import status
+from w2v2nb.transforms import pipeline
 
 LABELS = ["slow rate", "rapid rate", "strained", "breathy", "monopitch"]
 QUICK = ["--device", "cpu", "--clip_length", "16000", "--dataset", "s"]
@@ -225,3 +229,90 @@ def test_overwriting_removes_what_is_in_the_bucket(there, capsys):
 def test_a_whole_bucket_is_no_folder_for_results(there, capsys):
     assert main([*command("extraction", f"{there.uri}/in", there.uri), "-o", there.uri]) == 2
     assert "is a whole bucket" in capsys.readouterr().err
+
+
+def test_what_a_console_puts_into_a_folder_does_not_hide_it(bucket):
+    bucket.put("rec/", b"")
+    bucket.put("rec/a.wav", b"x")
+    assert storage.is_folder(f"{bucket.uri}/rec") and storage.exists(f"{bucket.uri}/rec/") and storage.names(f"{bucket.uri}/rec")
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(there, tmp_path, monkeypatch):
+    about = dict(name="s", mode="extraction", state="running", parameters={})
+    first = RunFolder(f"{there.uri}/out")
+    first.write(**about)
+    another_machine(monkeypatch, tmp_path / "elsewhere")
+    RunFolder(f"{there.uri}/out").write(started="later")
+    writes = [lambda: storage.write_text(first / "metrics.csv", "old"), lambda: storage.delete(first / "metrics.csv")]
+    for write in writes:
+        with pytest.raises(OSError, match=f"another process has been at work in {there.uri}/out meanwhile"):
+            write()
+    with pytest.raises(OSError, match="meanwhile"), storage.writing_folder(first / "model") as folder:
+        (folder / "config.json").write_text("{}")
+    assert there.names("out") == ["out/run.json"]
+
+
+def test_only_a_run_s_own_files_are_fetched(there, capsys):
+    there.proxy.requests.clear()
+    assert main(["status", f"{there.uri}/in"]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert not there.proxy.seen("GET", "alt=media")
+
+
+def test_a_run_that_is_still_writing_can_be_looked_at(there, tmp_path, monkeypatch):
+    about = dict(name="s", mode="finetune", state="running", parameters={"epochs": 3}, counts={}, error=None, seconds=0)
+    writer = RunFolder(f"{there.uri}/out")
+    writer.write(**about)
+    for k in range(20):
+        storage.write_text(writer / f"split/{k}.csv", str(k))
+    storage.write_text(writer / "history.csv", "epoch\n1\n")
+    another_machine(monkeypatch, tmp_path / "elsewhere")
+    listed = mirror.list_objects
+
+    def list_and_write(uri):
+        found = listed(uri)
+        there.put("out/s_history.csv", "epoch\n1\n2\n")
+        there.delete("out/s_split/3.csv")
+        return found
+
+    monkeypatch.setattr(mirror, "list_objects", list_and_write)
+    reader = RunFolder(f"{there.uri}/out")
+    assert (reader / "history.csv").read_text() == "epoch\n1\n2\n" and not (reader / "split" / "3.csv").exists()
+
+
+def test_a_path_column_costs_no_more_requests_than_a_listing(there, inputs, make_bucket, tmp_path):
+    other, table = make_bucket(), pd.read_csv(inputs / "split" / "test.csv", dtype={"uid": str}).head(6)
+    files = [next((inputs / "audio" / uid).glob("waveform.*")) for uid in table.uid]
+    table["path"] = [other.put(f"x/{file.parent.name}{file.suffix}", file.read_bytes()) for file in files]
+    transform = pipeline(f"{there.uri}/in/audio")
+    batches = Batches(WaveformDataset(table, [], transform), max_items=3)
+    other.proxy.requests.clear()
+    assert sum(len(batch) for batch in batches) == 6
+    assert len(other.proxy.seen("GET", other.name)) <= 3 * 6  # exists, look-up and download, all of them ahead of the reader
+    batches.close()
+
+
+def test_a_folder_given_for_a_file_is_not_downloaded(there):
+    there.proxy.requests.clear()
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
+        storage.read_text(f"{there.uri}/in")
+    assert not there.proxy.seen("GET", "alt=media")
+
+
+def test_a_slash_at_the_end_of_a_folder_does_not_count(bucket):
+    with storage.writing_folder(f"{bucket.uri}/m/") as folder:
+        (folder / "config.json").write_text("{}")
+    assert bucket.names() == ["m/config.json", "m/manifest.json"]
+
+
+def test_what_only_says_that_it_is_gzip_is_a_damaged_recording(tmp_path):
+    import gzip
+
+    whole = tmp_path / "x"
+    whole.write_bytes(gzip.compress(b"abc" * 1000))
+    unpack(whole, "gs://b/x")
+    assert whole.read_bytes() == b"abc" * 1000
+    for content in (b"RIFF", gzip.compress(b"abc" * 1000)[:-9]):
+        whole.write_bytes(content)
+        with pytest.raises(DamagedError, match="gs://b/x says that it is gzip"):
+            unpack(whole, "gs://b/x")

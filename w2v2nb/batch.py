@@ -110,9 +110,9 @@ class Reader:
     @property
     def prefetch(self) -> Callable | None:
         "What has a recording fetched from a bucket before it is read; None for local recordings."
-        is_elsewhere = getattr(getattr(self.dataset, "transform", None), "is_remote", False)
-        paths = getattr(self.dataset, "paths", [])
-        return self.fetch if is_elsewhere or any(path and is_remote(path) for path in paths) else None
+        if not hasattr(transform := getattr(self.dataset, "transform", None), "prefetch"):
+            return None
+        return self.fetch if transform.is_remote or any(path and is_remote(path) for path in self.dataset.paths) else None
 
     def fetch(self, key: int | tuple[int, int]) -> None:
         "Have local copies made of what a recording needs from a bucket, so that reading it does not wait."

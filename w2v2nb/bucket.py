@@ -14,9 +14,11 @@ import gzip
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -83,7 +85,7 @@ def explain(
 ) -> StorageError:
     "The failure as a sentence."
     from google.api_core.exceptions import RetryError
-    from google.auth.exceptions import GoogleAuthError
+    from google.auth.exceptions import GoogleAuthError, TransportError
 
     error = (error.cause if isinstance(error, RetryError) else None) or error
     status = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
@@ -91,7 +93,7 @@ def explain(
     if any(words in told.lower() for words in ("serviceusage", "quota project", "user project", "userproject")):
         advice = "run `gcloud auth application-default set-quota-project PROJECT`, or name the project: -p PROJECT"
         return AccessError(f"{uri}: could not {action} it, no project to bill was named; {advice}")
-    if isinstance(error, GoogleAuthError) or status == 401:
+    if isinstance(error, GoogleAuthError) and not isinstance(error, TransportError) or status == 401:
         return AccessError(f"{uri}: could not {action} it, this machine has no valid Google Cloud credentials; {LOGIN}")
     if status == 403:
         role = ROLES.get(action, "roles/storage.objectUser")
@@ -152,16 +154,16 @@ def explain_missing_bucket(
 
 # %% ../nbs/00a_bucket.ipynb #6cbc4031
 N_THREADS = 16  # downloads and uploads at the same time, which hides the time a request is on its way
-made: dict = {"project": None, "lock": Lock()}
+made: dict = {"lock": Lock()}
 
 
 def use_project(
     name: str | None,  # Google Cloud project; None: that of the credentials
 ) -> None:
-    "Work in the name of a project from now on."
-    if name != made["project"]:
+    "Work in the name of a project from now on, in this process and in those that it starts."
+    if (name or "") != os.environ.get("W2V2NB_PROJECT", ""):
         forget_client()
-    made["project"] = name
+    os.environ["W2V2NB_PROJECT"] = name or ""
 
 
 def forget_client() -> None:
@@ -177,8 +179,8 @@ def client() -> "Client":
             from requests.adapters import HTTPAdapter
 
             with explaining("Cloud Storage", "use"):
-                project, is_real = made["project"], not os.environ.get("STORAGE_EMULATOR_HOST")
-                options = {"quota_project_id": project} if project and is_real else None
+                project = os.environ.get("W2V2NB_PROJECT") or None
+                options = {"quota_project_id": project} if project and "STORAGE_EMULATOR_HOST" not in os.environ else None
                 try:
                     found = Client(project=project, client_options=options)
                 except OSError:  # credentials that name no project, which objects do not need
@@ -199,8 +201,9 @@ def list_objects(
     "The objects below a folder, by name. Raises `StorageError`."
     bucket, name = split(uri)
     with explaining(uri, "list") as how:
-        blobs = client().list_blobs(bucket, prefix=f"{name}/" if name else None, max_results=limit, fields=FIELDS, **how)
-        return [as_object(blob) for blob in blobs if not blob.name.endswith("/")]  # such are empty, made by the console
+        blobs = client().list_blobs(bucket, prefix=name and f"{name}/", page_size=limit and 100, fields=FIELDS, **how)
+        real = (as_object(blob) for blob in blobs if not blob.name.endswith("/"))  # the others are empty, made by the console
+        return list(islice(real, limit))
 
 
 def list_names(
@@ -260,7 +263,7 @@ def download(
             raise DamagedError(f"{uri} came damaged three times (another CRC32C than stated); check the connection, try again")
         found = Object(uri, int(blob.generation or generation or 0), os.path.getsize(temporary), blob.crc32c)
         if blob.content_encoding == "gzip":
-            unpack(Path(temporary))
+            unpack(Path(temporary), uri)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -269,11 +272,17 @@ def download(
 
 def unpack(
     path: Path,  # gzip file
+    uri: str,  # where it is from
 ) -> None:
-    "Replace a gzip file by what it holds."
-    with gzip.open(path) as packed, tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        shutil.copyfileobj(packed, file)
-    os.replace(file.name, path)
+    "Replace a gzip file by what it holds. Raises `DamagedError` when it is none."
+    try:
+        with gzip.open(path) as packed, tempfile.TemporaryFile() as plain:
+            shutil.copyfileobj(packed, plain)
+            plain.seek(0)
+            with open(path, "wb") as file:
+                shutil.copyfileobj(plain, file)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise DamagedError(f"{uri} says that it is gzip and is not, or not whole; upload it again") from None
 
 # %% ../nbs/00a_bucket.ipynb #1fcc8d58
 def upload(

@@ -78,7 +78,7 @@ def read_json(
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object and does not; copy the checkpoint again")
+        raise ValueError(f"{storage.place(path)} should hold a JSON object and does not; copy the checkpoint again")
     return value
 
 # %% ../nbs/05c_checkpoint.ipynb #a9e08eaf
@@ -137,8 +137,8 @@ def read_weights(
         return torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise ValueError(
-            f"{file.parent}: the .bin file is not one of tensors only, and is not read, since a pickle can run code; "
-            "get this checkpoint as model.safetensors"
+            f"{storage.place(file.parent)}: the .bin file is not one of tensors only, and is not read, since a pickle can run "
+            "code; get this checkpoint as model.safetensors"
         ) from None
 
 # %% ../nbs/05c_checkpoint.ipynb #92e66cfa
@@ -164,7 +164,7 @@ def refuse_incomplete(
         from w2v2nb.table import name_some  # only now, since table imports pandas
 
         raise ValueError(
-            f"{folder}: weights are missing or do not fit, and would be random: {name_some(names, 3)}; "
+            f"{storage.place(folder)}: weights are missing or do not fit, and would be random: {name_some(names, 3)}; "
             "get the whole checkpoint again"
         )
 
@@ -182,7 +182,7 @@ def load_weights(
             raise
         # a broken file makes the readers raise almost anything; the first line of it says what
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{folder} cannot be loaded ({reason}); get the whole checkpoint again") from None
+        raise ValueError(f"{storage.place(folder)} cannot be loaded ({reason}); get the whole checkpoint again") from None
     with torch.device("meta"):
         model = build(config)
     expected = model.state_dict()

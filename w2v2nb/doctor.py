@@ -177,7 +177,7 @@ def tell_project() -> str:
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return "none is needed either"
     credentials, project = read_credentials()
-    project, quota = bucket.made["project"] or project, getattr(credentials, "quota_project_id", None)
+    project, quota = os.environ.get("W2V2NB_PROJECT") or project, getattr(credentials, "quota_project_id", None)
     if not project:
         raise LookupError("none is set; objects need none, Vertex jobs do: `gcloud config set project PROJECT`, or -p PROJECT")
     if not quota and not getattr(credentials, "service_account_email", None):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .audio import decode, find, read_metadata
 from .bucket import DamagedError, ObjectNotFound, StorageError
-from .storage import forget, is_remote, join, normalize, remember, stage
+from .storage import forget, is_remote, join, normalize, remember, remember_object, stage
 
 # %% ../nbs/02a_loading.ipynb #a4170ceb
 class RecordingError(ValueError):
@@ -107,7 +107,10 @@ class Load:
         prefix = in_bucket(self.prefix, self.bucket)
         with suppress(ValueError, FileNotFoundError, DamagedError):
             self.list_recordings()
-            stage(find(sample["uid"], prefix, self.study, sample.get("path")))
+            path = find(sample["uid"], prefix, self.study, sample.get("path"))
+            if is_remote(path):
+                remember_object(normalize(path))
+                stage(path)
             read_metadata(sample["uid"], prefix, self.study)
 
     def __call__(self, sample: dict) -> dict:

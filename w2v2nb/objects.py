@@ -15,10 +15,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from threading import Lock
 
-from .bucket import N_THREADS, Object, StorageError, checksum, download
+from .bucket import N_THREADS, Object, ObjectNotFound, StorageError, checksum, download
 
 # %% ../nbs/00b_objects.ipynb #c323b360
 def cache_dir(
@@ -51,7 +52,10 @@ def count_bytes(
     folder: Path,  # a copy
 ) -> int:
     "The size of its files; 0 when it is gone."
-    return sum(os.stat(file).st_size for file in folder.rglob("*") if file.is_file() and file.exists())
+    try:
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    except FileNotFoundError:
+        return 0
 
 
 def last_use(
@@ -125,9 +129,9 @@ class ObjectCache:
                 make(new)
                 n_bytes = count_bytes(new)
                 new.rename(entry)
-            except OSError:
+            except BaseException as e:
                 shutil.rmtree(new, ignore_errors=True)
-                if not entry.exists():  # another process has made it meanwhile
+                if not isinstance(e, OSError) or not entry.exists():  # another process may have made it meanwhile
                     raise
                 return entry
         with self.counting:
@@ -173,6 +177,7 @@ def download_all(
     uri: str,  # folder gs://BUCKET/FOLDER
     objects: list[Object],  # what to copy from it
     folder: Path,  # to copy to
+    is_latest: bool = False,  # as they are now, without those that are gone; else of the generation that was listed
 ) -> None:
     "Copy objects but manifests to the same names below a folder. Raises `StorageError`, also for a name that leads out of it."
 
@@ -182,7 +187,8 @@ def download_all(
         if not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise StorageError(f"{found.uri} has a name that leads out of its folder; rename it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        download(found.uri, path, found.generation)
+        with suppress(ObjectNotFound) if is_latest else nullcontext():
+            download(found.uri, path, None if is_latest else found.generation)
 
     in_parallel(copy, [found for found in objects if not found.uri.endswith(f"/{MANIFEST}")])
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_remote', 'join', 'stage', 'exists', 'is_folder', 'names', 'read_bytes', 'read_text', 'sync', 'writing',
            'write_text', 'upload_folder', 'writing_folder', 'delete', 'forget', 'mirror', 'normalize', 'place', 'push',
-           'remember']
+           'remember', 'remember_object']
 
 # %% ../nbs/01_storage.ipynb #16fca39d
 import json
@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .bucket import list_objects
-from .mirror import counterpart, delete_local, mirror, named, place, push, remove_below, send
+from .mirror import check_guard, counterpart, delete_local, mirror, named, place, push, remove_below, send
 from .objects import MANIFEST, checksum_files, in_parallel
-from .remote import children, copy_of, forget, is_remote_folder, look_up, normalize, remember
+from .remote import children, copy_of, forget, is_remote_folder, look_up, normalize, remember, remember_object
 
-_all_ = ["forget", "mirror", "normalize", "place", "push", "remember"]
+_all_ = ["forget", "mirror", "normalize", "place", "push", "remember", "remember_object"]
 
 # %% ../nbs/01_storage.ipynb #3754262d
 def is_remote(
@@ -78,9 +78,10 @@ def read_bytes(
     path: str | os.PathLike,  # file
 ) -> bytes:
     "The whole content of a file. Raises `FileNotFoundError` naming the path and what lies beside it."
-    local = stage(path)
-    if not local.is_file():
-        kind = "is a folder, not a file" if local.is_dir() else "does not exist"
+    is_missing = is_remote(path) and not look_up(normalize(path))  # a folder is not downloaded to say that it is one
+    local = Path(path) if is_missing else stage(path)
+    if is_missing or not local.is_file():
+        kind = "is a folder, not a file" if is_folder(path) else "does not exist"
         beside = ", ".join(names(os.path.dirname(normalize(path)) or ".")[:5]) or "nothing"
         raise FileNotFoundError(f"{path} {kind}; its folder holds: {beside}. Give the path of a file that is there")
     return local.read_bytes()
@@ -159,7 +160,7 @@ def writing_folder(
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="w2v2nb-") as folder:
             yield Path(folder)
-            upload_folder(Path(folder), normalize(path))
+            upload_folder(Path(folder), normalize(path).rstrip("/"))
         return
     final = Path(path).expanduser()
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +175,7 @@ def writing_folder(
         os.replace(temporary, final)
     sync(final.parent)
     if uri := counterpart(final):
+        check_guard(final)
         upload_folder(final, uri)
 
 # %% ../nbs/01_storage.ipynb #2352bc69
@@ -183,6 +185,7 @@ def delete(
     "Remove a file, or a folder with all it holds, and what it stands for in a bucket."
     uri = normalize(path) if is_remote(path) else counterpart(path)
     if not is_remote(path):
+        check_guard(Path(path))
         delete_local(Path(path).expanduser())
     if uri:
         remove_below(uri)
