@@ -23,10 +23,9 @@ from .bucket import N_THREADS, Object, ObjectNotFound, StorageError, checksum, d
 
 # %% ../nbs/00b_objects.ipynb #c323b360
 def cache_dir(
-    given: str | os.PathLike | None = None,  # None: $W2V2NB_CACHE_DIR, $XDG_CACHE_HOME/w2v2nb, or ~/.cache/w2v2nb
+    given: str | os.PathLike | None = None,  # made if missing; None: $XDG_CACHE_HOME/w2v2nb, or ~/.cache/w2v2nb
 ) -> Path:
     "The folder for caches, which is there afterwards. Raises `OSError` when it cannot be made or written to."
-    given = given or os.environ.get("W2V2NB_CACHE_DIR")
     folder = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "w2v2nb").expanduser()
     if str(given).startswith(("gs://", "/gcs/")):
         raise OSError(f"cache_dir is {given}; it should be a folder on this machine, since it is read all the time: give one")

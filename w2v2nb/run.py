@@ -158,8 +158,6 @@ def start(
 ) -> RunFolder:
     "Run the configuration's mode; return its folder. Raises `ConfigError` before any work."
     use_project(config.project_name)
-    if config.cache_dir:
-        os.environ["W2V2NB_CACHE_DIR"] = config.cache_dir  # for local copies, of worker processes too
     config = join_processes(config)
     folder = claim(config)
     gather(None)
