@@ -16,7 +16,7 @@ WORKDIR /opt/w2v2nb
 
 # First what w2v2nb needs, several gigabytes, which changes rarely; then w2v2nb itself.
 COPY settings.ini setup.py LICENSE constraints.txt ./
-RUN mkdir w2v2nb && touch README.md w2v2nb/__init__.py && pip install --no-cache-dir -c constraints.txt .
+RUN mkdir w2v2nb && touch README.md w2v2nb/__init__.py && pip install --no-cache-dir -c constraints.txt . && rm -rf build *.egg-info
 COPY README.md ./
 COPY w2v2nb w2v2nb
 RUN pip install --no-cache-dir --no-deps --force-reinstall .

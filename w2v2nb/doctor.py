@@ -179,7 +179,7 @@ def tell_project() -> str:
     credentials, project = read_credentials()
     project, quota = os.environ.get("W2V2NB_PROJECT") or project, getattr(credentials, "quota_project_id", None)
     if not project:
-        raise LookupError("none is set; objects need none, Vertex jobs do: `gcloud config set project PROJECT`, or -p PROJECT")
+        raise LookupError("none is set; objects need none, a run may name one by -p PROJECT, a Vertex job by --project PROJECT")
     if not quota and not getattr(credentials, "service_account_email", None):
         advice = "if a request is refused for that: `gcloud auth application-default set-quota-project PROJECT`"
         raise LookupError(f"{project}, and no quota project; {advice}")

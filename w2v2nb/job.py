@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from pathlib import Path
 
 from . import storage
 
@@ -34,4 +35,5 @@ def report_metric(
     about = {"timestamp": time.time(), "trial": os.environ.get("CLOUD_ML_TRIAL_ID", "0"), "checkpoint_path": ""}
     measured = [row for row in history if math.isfinite(row[name])]
     lines = [about | {name: str(row[name]), "global_step": str(row["epoch"])} for row in measured[-100:]]
-    storage.write_text(path, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+    text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
+    storage.write_text(path, text) if storage.is_remote(path) else Path(path).write_text(text, encoding="utf-8")  # in place

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import storage
-from .config import Config, ConfigError, configure
+from .config import Config, ConfigError, checking, configure
 from .flags import Parser
 
 # %% ../nbs/14a_notebooks.ipynb #f58828a9
@@ -53,11 +53,12 @@ def prepare(
     "A local copy of a notebook, which says that it is in Python and for this kernel. Raises `ConfigError` for no notebook."
     import nbformat
 
+    with checking():
+        text = storage.read_text(notebook)
     try:
-        cells = nbformat.reads(storage.read_text(notebook), as_version=4)
-    except (ValueError, FileNotFoundError, nbformat.ValidationError) as e:
-        reason = str(e) if isinstance(e, FileNotFoundError) else f"{notebook} is not a notebook"
-        raise ConfigError(f"{reason}; give the path of an .ipynb file") from None
+        cells = nbformat.reads(text, as_version=4)
+    except (ValueError, nbformat.ValidationError):
+        raise ConfigError(f"{notebook} is not a notebook; give the path of an .ipynb file") from None
     cells.metadata.kernelspec = {"name": kernel, "display_name": kernel, "language": "python"}
     path = folder / Path(notebook).name
     nbformat.write(cells, path)
@@ -210,6 +211,9 @@ def run_notebook(
 ) -> str:
     "Run a notebook; return where the executed one is. Raises `ConfigError` before it starts, `NotebookError` when a cell fails."
     given = dict(parameters or {})
+    with checking():
+        if storage.is_folder(out):
+            raise ValueError(f"{out} is a folder; OUT should be the file for the executed notebook: add its name")
     check_kernel(kernel)
     with tempfile.TemporaryDirectory(prefix="w2v2nb-") as folder:
         path, done = prepare(notebook, Path(folder), kernel), Path(folder) / "done.ipynb"
