@@ -36,4 +36,8 @@ def report_metric(
     measured = [row for row in history if math.isfinite(row[name])]
     lines = [about | {name: str(row[name]), "global_step": str(row["epoch"])} for row in measured[-100:]]
     text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-    storage.write_text(path, text) if storage.is_remote(path) else Path(path).write_text(text, encoding="utf-8")  # in place
+    if storage.is_remote(path):
+        storage.write_text(path, text)
+    else:  # in place, as Google's package does: the file may be mounted
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
