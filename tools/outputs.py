@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 def run(path: Path) -> None:
     nb = nbformat.read(path, as_version=4)
     NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    nb.metadata.pop("widgets", None)  # what widgets showed is not committed
     for cell in nb.cells:
         if cell.cell_type == "code":
             # stderr holds progress bars and warnings: true of this machine, not of the notebook

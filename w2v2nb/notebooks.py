@@ -114,7 +114,8 @@ def check_parameters(
         raise ConfigError("; ".join(found))
     mode = re.search(r"read_parameters\(\\?[\"']([\w-]+)\\?[\"'], globals\(\)\)", path.read_text(encoding="utf-8"))
     if mode:
-        there = {name: value for name, value in own_values(path).items() if value != Config.model_fields[name].default}
+        defaults = {name: field.default for name, field in Config.model_fields.items()}
+        there = {name: value for name, value in own_values(path).items() if name not in defaults or value != defaults[name]}
         configure(mode[1], **there | given)
 
 # %% ../nbs/14a_notebooks.ipynb #e1f9718d
