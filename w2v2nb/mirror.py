@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mirrors', 'seen', 'GUARDED', 'counterpart', 'place', 'pull', 'find_whole', 'is_same', 'named', 'mirror',
-           'check_guard', 'push', 'send', 'remove_below', 'delete_local']
+           'check_guard', 'push', 'send', 'remove_objects', 'remove_below', 'delete_local']
 
 # %% ../nbs/00d_mirror.ipynb #d73f21ca
 import hashlib
@@ -144,14 +144,20 @@ def send(
         seen[file] = found.generation
 
 
+def remove_objects(
+    uris: list[str],  # objects in a bucket
+) -> None:
+    "Remove objects, several at the same time. Raises `StorageError`."
+    in_parallel(remove, uris)
+    for uri in uris:
+        note(uri, None)
+
+
 def remove_below(
     uri: str,  # object or folder in a bucket
 ) -> None:
     "Remove an object, and all objects below it. Raises `StorageError`."
-    doomed = [named(uri), *(found.uri for found in list_objects(uri))]
-    in_parallel(remove, doomed)
-    for each in doomed:
-        note(each, None)
+    remove_objects([named(uri), *(found.uri for found in list_objects(uri))])
     seen.update({guarded: 0 for guarded in seen if f"{counterpart(guarded)}/".startswith(f"{uri}/")})
 
 

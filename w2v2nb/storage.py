@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .bucket import list_objects
-from .mirror import check_guard, counterpart, delete_local, mirror, named, place, push, remove_below, send
+from .mirror import check_guard, counterpart, delete_local, mirror, named, place, push, remove_below, remove_objects, send
 from .objects import MANIFEST, checksum_files, in_parallel
 from .remote import children, copy_of, forget, is_remote_folder, look_up, normalize, remember, remember_object
 
@@ -147,7 +147,7 @@ def upload_folder(
     files = {file.relative_to(local).as_posix(): file for file in local.rglob("*") if file.is_file()}
     write_text(f"{named(uri)}/{MANIFEST}", '{"files": null}\n')
     kept = {f"{uri}/{name}" for name in [*files, MANIFEST]}
-    in_parallel(remove_below, [found.uri for found in list_objects(uri) if found.uri not in kept])
+    remove_objects([found.uri for found in list_objects(uri) if found.uri not in kept])
     in_parallel(lambda name: send(files[name], f"{uri}/{name}"), files)
     write_text(f"{uri}/{MANIFEST}", json.dumps({"files": checksum_files(files)}, indent=2) + "\n")
 
