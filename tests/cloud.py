@@ -301,7 +301,8 @@ class Handler(BaseHTTPRequestHandler):
                 body, fault = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :], None
             hop = ("connection", "transfer-encoding", "content-length", "accept-encoding")
             headers = {k: v for k, v in self.headers.items() if k.lower() not in hop}
-            answer = self.proxy.answer(self.command, self.path, body, headers)
+            path = re.sub("^http://[^/]*", "", self.path)  # whoever takes this for an HTTP proxy names the host as well
+            answer = self.proxy.answer(self.command, path, body, headers)
             self.reset() if fault == "lost" else self.reply(answer, fault)
 
     def reply(self, answer, fault=None):

@@ -308,6 +308,16 @@ def test_many_downloads_are_on_their_way_at_once(bucket, tmp_path):
     assert all((tmp_path / "all" / f"{i:02}.wav").read_bytes() == CONTENT for i in range(40))
 
 
+def test_the_environment_s_proxy_and_certificates_are_used(bucket, recording, monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.invalid")
+    monkeypatch.setenv("HTTP_PROXY", bucket.proxy.address)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/certificates.pem")
+    module.forget_client()
+    assert [found.uri for found in module.list_objects(bucket.uri)] == [recording]
+    assert bucket.proxy.seen("GET", "http://storage.invalid/")
+    assert module.client()._http.verify == "/certificates.pem"
+
+
 def test_a_failed_download_in_a_folder_leaves_no_copy(bucket, recording, cache, impatient):
     bucket.put("folder/b.wav", CONTENT)
     bucket.proxy.add(Fault(403, path="b.wav?"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOGIN', 'ROLES', 'N_THREADS', 'made', 'FIELDS', 'split', 'Object', 'as_object', 'StorageError', 'ObjectNotFound',
            'AccessError', 'DamagedError', 'ChangedError', 'explain', 'limit_s', 'explaining', 'explain_missing_bucket',
-           'use_project', 'forget_client', 'client', 'list_objects', 'list_names', 'find_object', 'checksum',
+           'use_project', 'forget_client', 'client', 'list_objects', 'list_names', 'find_object', 'checksum', 'fetch',
            'download', 'unpack', 'upload', 'remove']
 
 # %% ../nbs/00a_bucket.ipynb #7ea89e11
@@ -153,7 +153,7 @@ def explain_missing_bucket(
         return None
 
 # %% ../nbs/00a_bucket.ipynb #6cbc4031
-N_THREADS = 16  # downloads and uploads at the same time, which hides the time a request is on its way
+N_THREADS = 24  # downloads and uploads at the same time, which hides the time a request is on its way
 made: dict = {"lock": Lock()}
 
 
@@ -185,8 +185,11 @@ def client() -> "Client":
                     found = Client(project=project, client_options=options)
                 except OSError:  # credentials that name no project, which objects do not need
                     found = Client(project="none")
+            session = found._http
             for scheme in ("https://", "http://"):
-                found._http.mount(scheme, HTTPAdapter(pool_connections=N_THREADS, pool_maxsize=N_THREADS))
+                session.mount(scheme, HTTPAdapter(pool_connections=N_THREADS, pool_maxsize=N_THREADS))
+            settings = session.merge_environment_settings(found.api_endpoint, {}, None, None, None)
+            session.proxies, session.verify, session.trust_env = settings["proxies"], settings["verify"], False
             made[os.getpid()] = found
     return made[os.getpid()]
 
@@ -231,7 +234,7 @@ def find_object(
 
 # %% ../nbs/00a_bucket.ipynb #00fc702b
 def checksum(
-    path: Path,  # a file
+    path: str | os.PathLike,  # a file
 ) -> str:
     "The CRC32C of a file's content, in base64, as Cloud Storage states it."
     from google_crc32c import Checksum
@@ -243,27 +246,37 @@ def checksum(
     return base64.b64encode(found.digest()).decode()
 
 # %% ../nbs/00a_bucket.ipynb #bbf275ef
+def fetch(
+    uri: str,  # gs://BUCKET/NAME
+    path: str | os.PathLike,  # file to write; its folder is there
+    generation: int | None = None,  # which one; None: the latest
+) -> Object:
+    "Copy an object to a file; after an error the file holds anything. Raises `StorageError`."
+    bucket, name = split(uri)
+    for _ in range(3):
+        with explaining(uri, "read") as how, open(path, "wb") as file:
+            blob = client().bucket(bucket).blob(name, generation=generation or None)
+            blob.download_to_file(file, raw_download=True, checksum=None, **how)
+        if blob.crc32c == checksum(path):
+            break
+    else:
+        raise DamagedError(f"{uri} came damaged three times (another CRC32C than stated); check the connection, try again")
+    found = Object(uri, int(blob.generation or generation or 0), os.path.getsize(path), blob.crc32c)
+    if blob.content_encoding == "gzip":
+        unpack(path, uri)
+    return found
+
+
 def download(
     uri: str,  # gs://BUCKET/NAME
     path: Path,  # file to write; its folder is there
     generation: int | None = None,  # which one; None: the latest
 ) -> Object:
     "Copy an object to a file, which is whole at the end or not there. Raises `StorageError`."
-    bucket, name = split(uri)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:
-        for _ in range(3):
-            with explaining(uri, "read") as how, open(temporary, "wb") as file:
-                blob = client().bucket(bucket).blob(name, generation=generation or None)
-                blob.download_to_file(file, raw_download=True, checksum=None, **how)
-            if blob.crc32c == checksum(temporary):
-                break
-        else:
-            raise DamagedError(f"{uri} came damaged three times (another CRC32C than stated); check the connection, try again")
-        found = Object(uri, int(blob.generation or generation or 0), os.path.getsize(temporary), blob.crc32c)
-        if blob.content_encoding == "gzip":
-            unpack(Path(temporary), uri)
+        found = fetch(uri, temporary, generation)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -271,7 +284,7 @@ def download(
 
 
 def unpack(
-    path: Path,  # gzip file
+    path: str | os.PathLike,  # gzip file
     uri: str,  # where it is from
 ) -> None:
     "Replace a gzip file by what it holds. Raises `DamagedError` when it is none."

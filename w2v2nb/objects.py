@@ -19,7 +19,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from threading import Lock
 
-from .bucket import N_THREADS, Object, ObjectNotFound, StorageError, checksum, download
+from .bucket import N_THREADS, Object, ObjectNotFound, StorageError, checksum, download, fetch
 
 # %% ../nbs/00b_objects.ipynb #c323b360
 def cache_dir(
@@ -48,12 +48,13 @@ def in_parallel(
 
 # %% ../nbs/00b_objects.ipynb #3b0a98dc
 def count_bytes(
-    folder: Path,  # a copy
+    folder: str | os.PathLike,  # a copy
 ) -> int:
     "The size of its files; 0 when it is gone."
     try:
-        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    except FileNotFoundError:
+        with os.scandir(folder) as entries:
+            return sum(count_bytes(entry) if entry.is_dir() else entry.stat().st_size for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
         return 0
 
 
@@ -155,7 +156,7 @@ def read_manifest(
 ) -> dict[str, str] | None:
     "The CRC32C of each file by its name; None while the folder is being written. Raises `StorageError`."
     with tempfile.TemporaryDirectory() as folder:
-        download(found.uri, Path(folder) / MANIFEST, found.generation)
+        fetch(found.uri, Path(folder) / MANIFEST, found.generation)
         try:
             return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))["files"]
         except (ValueError, KeyError, TypeError):
@@ -198,7 +199,7 @@ def keep_object(
 ) -> Path:
     "The local copy of an object. Raises `StorageError`."
     name = found.uri.rpartition("/")[2]
-    return cache.keep(f"{found.uri}#{found.generation}", lambda to: download(found.uri, to / name, found.generation)) / name
+    return cache.keep(f"{found.uri}#{found.generation}", lambda to: fetch(found.uri, to / name, found.generation)) / name
 
 
 def keep_folder(

@@ -133,18 +133,18 @@ def is_remote_folder(
     return uri in memory.children if memory.covers(uri) else bool(list_objects(uri, limit=1))
 
 # %% ../nbs/00c_remote.ipynb #ff5cb2d9
-caches: dict[Path, ObjectCache] = {}
+caches: dict[tuple, ObjectCache] = {}  # by what the environment says of the folder
 origins: dict[Path, str] = {}  # what a local copy is of
 caches_lock = Lock()
 
 
 def object_cache() -> ObjectCache:
     "This process's view of the local copies."
-    folder = cache_dir() / "objects"
+    place = os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME")
     with caches_lock:
-        if folder not in caches:
-            caches[folder] = ObjectCache(folder, float(os.environ.get("W2V2NB_COPIES_GB", 20)) * 1e9)
-        return caches[folder]
+        if place not in caches:
+            caches[place] = ObjectCache(cache_dir() / "objects", float(os.environ.get("W2V2NB_COPIES_GB", 20)) * 1e9)
+        return caches[place]
 
 
 def copy_of(
