@@ -29,7 +29,7 @@ def impatient(monkeypatch):
 
 
 def download(uri, folder):
-    return module.download(uri, folder / "a.wav")
+    return objects.download(uri, folder / "a.wav")
 
 
 def upload(uri, folder):
@@ -66,7 +66,7 @@ def test_the_service_here_is_as_strict_as_the_real_one(bucket, tmp_path):
         module.upload(tmp_path / "other", f"{bucket.uri}/folder/x", 0)
     assert module.upload(tmp_path / "other", f"{bucket.uri}/folder/x", first).generation != first
     with pytest.raises(module.ObjectNotFound):
-        module.download(f"{bucket.uri}/folder/x", tmp_path / "old", first)
+        objects.download(f"{bucket.uri}/folder/x", tmp_path / "old", first)
     assert bucket.get("folder/x") == b"other"
 
 
@@ -163,7 +163,7 @@ def test_a_missing_object(bucket, tmp_path):
 
 def test_no_credentials(bucket, tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom w2v2nb.bucket import download\n"
+        "import sys\nfrom pathlib import Path\nfrom w2v2nb.objects import download\n"
         "try: download('gs://b/x', Path(sys.argv[1]))\nexcept PermissionError as e: print(e)\n"
     )
     environment = {k: v for k, v in bucket.environment.items() if not k.startswith(("STORAGE_", "GOOGLE_", "CLOUDSDK_"))}
@@ -201,7 +201,7 @@ def test_a_write_whose_answer_was_lost_is_not_somebody_elses(bucket, tmp_path):
 def test_content_of_any_size_comes_back(n_bytes, bucket, tmp_path):
     (tmp_path / "a").write_bytes(os.urandom(n_bytes))
     sent = module.upload(tmp_path / "a", f"{bucket.uri}/a")
-    came = module.download(f"{bucket.uri}/a", tmp_path / "b")
+    came = objects.download(f"{bucket.uri}/a", tmp_path / "b")
     assert sent == came and came.size == n_bytes
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 

@@ -6,7 +6,7 @@
 __all__ = ['LOGIN', 'ROLES', 'N_THREADS', 'made', 'FIELDS', 'split', 'Object', 'as_object', 'StorageError', 'ObjectNotFound',
            'AccessError', 'DamagedError', 'ChangedError', 'explain', 'limit_s', 'explaining', 'explain_missing_bucket',
            'use_project', 'forget_client', 'client', 'list_objects', 'list_names', 'find_object', 'checksum', 'fetch',
-           'download', 'unpack', 'upload', 'remove']
+           'unpack', 'upload', 'remove']
 
 # %% ../nbs/00a_bucket.ipynb #7ea89e11
 import base64
@@ -264,22 +264,6 @@ def fetch(
     found = Object(uri, int(blob.generation or generation or 0), os.path.getsize(path), blob.crc32c)
     if blob.content_encoding == "gzip":
         unpack(path, uri)
-    return found
-
-
-def download(
-    uri: str,  # gs://BUCKET/NAME
-    path: Path,  # file to write; its folder is there
-    generation: int | None = None,  # which one; None: the latest
-) -> Object:
-    "Copy an object to a file, which is whole at the end or not there. Raises `StorageError`."
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        found = fetch(uri, temporary, generation)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return found
 
 

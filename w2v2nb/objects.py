@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'cache_dir', 'in_parallel', 'count_bytes', 'last_use', 'discard', 'trim', 'ObjectCache', 'checksum_files',
-           'read_manifest', 'is_complete', 'download_all', 'keep_object', 'keep_folder']
+           'read_manifest', 'is_complete', 'download', 'download_all', 'keep_object', 'keep_folder']
 
 # %% ../nbs/00b_objects.ipynb #24bd1bec
 import hashlib
@@ -19,7 +19,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from threading import Lock
 
-from .bucket import N_THREADS, Object, ObjectNotFound, StorageError, checksum, download, fetch
+from .bucket import N_THREADS, Object, ObjectNotFound, StorageError, checksum, fetch
 
 # %% ../nbs/00b_objects.ipynb #c323b360
 def cache_dir(
@@ -67,7 +67,7 @@ def last_use(
     except FileNotFoundError:
         return 0.0
 
-
+# %% ../nbs/00b_objects.ipynb #ee5fc02f
 def discard(
     folder: Path,  # a copy
 ) -> None:
@@ -173,6 +173,22 @@ def is_complete(
     return not manifest or read_manifest(manifest) == {name: found.crc32c for name, found in there.items()}
 
 # %% ../nbs/00b_objects.ipynb #d0822b4c
+def download(
+    uri: str,  # gs://BUCKET/NAME
+    path: Path,  # file to write; its folder is there
+    generation: int | None = None,  # which one; None: the latest
+) -> Object:
+    "Copy an object to a file, which is whole at the end or not there. Raises `StorageError`."
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        found = fetch(uri, temporary, generation)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return found
+
+
 def download_all(
     uri: str,  # folder gs://BUCKET/FOLDER
     objects: list[Object],  # what to copy from it
