@@ -161,3 +161,15 @@ def test_the_notebook_itself_is_not_changed(path, tmp_path):
     (tmp_path / "copy").mkdir()
     assert "conda-base-py" not in prepare(path, tmp_path / "copy").read_text()
     assert path.read_bytes() == before
+
+
+def test_a_view_is_kept_as_its_static_form(tmp_path):
+    show = "from w2v2nb.views import Card, Shelf, as_table\nfrom w2v2nb import samples\n"
+    show += "table = as_table(samples.split_root() + '/test.csv')\ncard = Card(Shelf(table, samples.prefix()))\n"
+    show += "card.show(table['uid'][0])\ncard"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(show)]), tmp_path / "look.ipynb")
+    run_notebook(tmp_path / "look.ipynb", tmp_path / "out.ipynb")
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    (shown,) = executed.cells[-1].outputs
+    assert set(shown.data) == {"text/plain", "text/html"} and "<img alt=" in shown.data["text/html"]
+    assert "widgets" not in executed.metadata

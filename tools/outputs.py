@@ -7,6 +7,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from w2v2nb.notebooks import keep_static
+
 
 def run(path: Path) -> None:
     nb = nbformat.read(path, as_version=4)
@@ -16,9 +18,8 @@ def run(path: Path) -> None:
         if cell.cell_type == "code":
             # stderr holds progress bars and warnings: true of this machine, not of the notebook
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-            for output in cell.outputs:
-                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its kernel has ended
     nbformat.write(nb, path)
+    keep_static(path)
     # a folder's .notest keeps nbdev_clean out as well, unless the file is named
     subprocess.run([str(Path(sys.executable).with_name("nbdev_clean")), "--fname", str(path)], check=True)
 

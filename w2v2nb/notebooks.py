@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'KINDS', 'HELP', 'read_value', 'prepare', 'declared_parameters', 'own_values', 'fits', 'check_parameters',
-           'check_kernel', 'Progress', 'NotebookError', 'execute', 'upload', 'run_notebook', 'read_file', 'main']
+           'check_kernel', 'Progress', 'NotebookError', 'execute', 'keep_static', 'upload', 'run_notebook', 'read_file',
+           'main']
 
 # %% ../nbs/14a_notebooks.ipynb #2652009b
 import ast
@@ -141,9 +142,8 @@ class Progress(logging.Handler):
         import nbformat
 
         super().__init__(logging.INFO)
-        self.started = time.monotonic()
-        cells, self.headings, heading = nbformat.read(path, as_version=4).cells, [], ""
-        for cell in cells:
+        self.started, self.headings, heading = time.monotonic(), [], ""
+        for cell in nbformat.read(path, as_version=4).cells:
             lines = cell.source.splitlines() if cell.cell_type == "markdown" else []
             heading = next((line.lstrip("# ") for line in lines if line.startswith("#")), heading)
             self.headings += [heading] * (2 if is_parameterised and "parameters" in cell.metadata.get("tags", []) else 1)
@@ -189,6 +189,22 @@ def execute(
         log.setLevel(level)
         log.propagate = propagates
 
+# %% ../nbs/14a_notebooks.ipynb #1008b39d
+def keep_static(
+    path: Path,  # an executed notebook, which is rewritten
+) -> None:
+    "Drop widgets whose output has a picture or HTML as well."
+    import nbformat
+    notebook, view = nbformat.read(path, as_version=4), "application/vnd.jupyter.widget-view+json"
+    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    for data in shown:
+        if view in data and not {"text/html", "image/png"}.isdisjoint(data):
+            del data[view]
+    if not any(view in data for data in shown):
+        notebook.metadata.pop("widgets", None)
+    with storage.writing(path) as temporary:
+        nbformat.write(notebook, temporary)
+
 # %% ../nbs/14a_notebooks.ipynb #3d2560ea
 def upload(
     done: Path,  # executed notebook
@@ -227,8 +243,10 @@ def run_notebook(
         except NotebookError as e:
             raise NotebookError(f"{e}; {out} shows where") from None
         finally:
-            if storage.is_remote(out) and done.exists():
-                upload(done, out)
+            if done.exists():
+                keep_static(done)
+                if storage.is_remote(out):
+                    upload(done, out)
     return storage.normalize(out)
 
 # %% ../nbs/14a_notebooks.ipynb #380f7063
