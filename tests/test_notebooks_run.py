@@ -74,6 +74,9 @@ def test_a_run_notebook_is_judged_by_the_configuration(tmp_path):
     for given, words in [({"prefix": "a"}, "extraction needs data_split_root"), ({"pooling_mode": "median"}, "pooling_mode")]:
         with pytest.raises(ConfigError, match=words):
             run_notebook(notebook, tmp_path / "out.ipynb", given)
+    for layer in (0, "all", "0,6,12"):  # the cell declares an int, its default
+        with pytest.raises(ConfigError, match="extraction needs data_split_root"):
+            run_notebook(notebook, tmp_path / "out.ipynb", {"prefix": "a", "layer": layer})
 
 
 def test_what_is_no_notebook_and_an_unknown_kernel_are_told(path, tmp_path, capsys):

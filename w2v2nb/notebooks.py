@@ -103,20 +103,20 @@ def check_parameters(
 ) -> None:
     "Raise `ConfigError` naming what is unknown or wrong."
     kinds, found = declared_parameters(path), []
+    mode = re.search(r"read_parameters\(\\?[\"']([\w-]+)\\?[\"'], globals\(\)\)", path.read_text(encoding="utf-8"))
+    judged = Config.model_fields if mode else {}  # by `configure`, below
     for name, value in given.items():
         kind = kinds.get(name)
         if kind is None:
             near = get_close_matches(name, kinds, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has: {', '.join(kinds) or 'none'}"
             found.append(f"{name} is not a parameter of {path.name}; {hint}")
-        elif value is not None and not fits(value, kind):
+        elif value is not None and name not in judged and not fits(value, kind):
             found.append(f"{name} is {value!r} but should be of type {kind}")
     if found:
         raise ConfigError("; ".join(found))
-    mode = re.search(r"read_parameters\(\\?[\"']([\w-]+)\\?[\"'], globals\(\)\)", path.read_text(encoding="utf-8"))
     if mode:
-        defaults = {name: field.default for name, field in Config.model_fields.items()}
-        there = {name: value for name, value in own_values(path).items() if name not in defaults or value != defaults[name]}
+        there = {name: value for name, value in own_values(path).items() if name not in judged or value != judged[name].default}
         configure(mode[1], **there | given)
 
 # %% ../nbs/14a_notebooks.ipynb #e1f9718d
