@@ -423,7 +423,7 @@ def test_pictures_are_not_drawn_faster_than_the_interval():
         from unittest.mock import patch
         from w2v2nb import report
         live, lengths = LiveCurves(interval_s=60), []
-        with patch.object(report, "plot_history", lambda history, monitor: lengths.append(len(history))):
+        with patch.object(report, "plot_history", lambda history, monitor: lengths.append(len(history)) or report.Picture()):
             for n in range(1, 9):
                 live.update(epochs(n))
             live.close()

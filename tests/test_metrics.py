@@ -6,7 +6,16 @@ import sys
 import numpy as np
 import pytest
 
-from w2v2nb.metrics import auc_table, compare_grades, compute_placements, estimate_interval, macro_auc, number_groups, roc_auc
+from w2v2nb.metrics import (
+    auc_table,
+    compare_aucs,
+    compare_grades,
+    compute_placements,
+    estimate_interval,
+    macro_auc,
+    number_groups,
+    roc_auc,
+)
 
 NAN = float("nan")
 
@@ -267,3 +276,25 @@ def test_table_of_another_shape(targets, scores, labels):
 def test_importing_metrics_imports_no_torch_and_no_sklearn():
     code = "import sys, w2v2nb.metrics; print([m for m in ('torch', 'sklearn', 'scipy', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_difference_of_two_aucs_is_delong_s():
+    rng = np.random.default_rng(3)
+    is_pos = rng.random(60) < 0.4
+    first = is_pos + rng.normal(size=60)
+    second = first + 0.5 * is_pos + 0.5 * rng.normal(size=60)
+
+    def components(score):  # the kernel over all pairs, as in the paper
+        pairs = score[is_pos][:, None] - score[~is_pos][None]
+        kernel = (pairs > 0) + 0.5 * (pairs == 0)
+        return kernel.mean(axis=1), kernel.mean(axis=0)
+
+    (pos_1, neg_1), (pos_2, neg_2) = components(first), components(second)
+    contrast = np.array([-1, 1])
+    covariance = np.cov(pos_1, pos_2) / is_pos.sum() + np.cov(neg_1, neg_2) / (~is_pos).sum()
+    half = 1.959964 * np.sqrt(contrast @ covariance @ contrast)
+    difference = pos_2.mean() - pos_1.mean()
+    expected = [difference, difference - half, difference + half]
+    np.testing.assert_allclose(compare_aucs(is_pos, first, second, np.arange(60)), expected, rtol=1e-6)
+    same = compare_aucs(is_pos, first, first, np.arange(60))
+    assert same[0] == 0 and np.isnan(same[1:]).all(), "a model does not differ from itself, and no width is claimed"

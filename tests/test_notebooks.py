@@ -469,7 +469,7 @@ def test_run_notebooks_are_there(name):
     assert (nbs / "runs" / f"{name}.ipynb").is_file()
 
 
-@pytest.mark.parametrize("folder", ["runs", "bench"])
+@pytest.mark.parametrize("folder", ["runs", "bench", "course"])
 def test_run_notebooks_are_left_out_of_nbdev_test(folder):
     assert (nbs / folder / ".notest").exists(), f"nbs/{folder}/.notest is gone: without it nbdev_test runs these notebooks"
 

@@ -57,6 +57,9 @@ def as_object(
 class StorageError(OSError):
     "Cloud Storage could not do what it was asked for; the message says what, why and what to do."
 
+    def _render_traceback_(self) -> list[str]:  # what Jupyter shows, see `sentences`
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ObjectNotFound(StorageError, FileNotFoundError):
     "There is no such object or bucket."

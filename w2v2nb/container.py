@@ -14,11 +14,14 @@ from contextlib import contextmanager
 
 import soundfile
 
+from .sentences import render
 from .storage import stage
 
 # %% ../nbs/01a_container.ipynb #0f4e13b6
 class AudioError(ValueError):
     "A recording that cannot be used: one sentence with what it is, what it should be and what to do."
+
+    _render_traceback_ = render
 
 
 COPY_AGAIN = "copy it again from where it came from, or leave it out of the table"

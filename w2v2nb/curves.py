@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .display import LivePicture
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -49,7 +51,8 @@ class LiveCurves:
         interval_s: float = 2.0,  # least time between two pictures
     ):
         self.monitor, self.interval_s, self.is_shown = monitor, interval_s, in_kernel()
-        self.rows, self.is_drawn, self.drawn_s, self.display = [], True, float("-inf"), None
+        self.rows, self.is_drawn, self.drawn_s = [], True, float("-inf")
+        self.picture = LivePicture("losses and validation AUC by epoch")
 
     def update(
         self,
@@ -65,15 +68,11 @@ class LiveCurves:
         if self.is_drawn or not self.is_shown:
             return
         import pandas as pd
-        from IPython.display import display
 
         from w2v2nb.report import plot_history
 
         picture = plot_history(pd.DataFrame(self.rows), self.monitor)
-        if self.display is None:
-            self.display = display(picture, display_id=True)
-        else:
-            self.display.update(picture)
+        self.picture.show(picture)
         self.is_drawn, self.drawn_s = True, time.monotonic()
 
 # %% ../nbs/12a_curves.ipynb #d9117214

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .architecture import build, complete
 from .backbone import Backbone, choose_precision, pick_device
 from .checkpoint import load_weights, locate, read_config, read_preprocessor
+from .display import encoder_html
 from .frontend import refuse_short
 from .memory import padded_seconds
 
@@ -209,3 +210,5 @@ class Encoder(Backbone):
         family = self.config["model_type"]
         size = f"{self.n_layers} layers, hidden size {self.hidden_size}, {self.sample_rate} Hz"
         return f"Encoder({family}, {size}, {self.precision} on {self.device})"
+
+    _repr_html_ = encoder_html

@@ -15,13 +15,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from .sentences import render
+
 # %% ../nbs/12b_fields.ipynb #d44133ed
 class ConfigError(ValueError):
     "A run's parameters or inputs are wrong; the message names all of them and what to do."
 
-    def _render_traceback_(self) -> list[str]:
-        "What Jupyter shows in place of a traceback."
-        return [f"ConfigError: {self}"]
+    _render_traceback_ = render
 
 
 @contextmanager

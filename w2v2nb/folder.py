@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from . import storage
 from .bucket import ChangedError
 from .config import Config, ConfigError, checking
+from .display import folder_html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,6 +81,9 @@ class RunFolder:
 
     def __repr__(self) -> str:
         return f"RunFolder({self.place!r}): {self.about.get('mode', 'no run')}, {self.about.get('state', 'empty')}"
+
+    def _repr_html_(self) -> str:
+        return folder_html(self.place, self.about, self.files() if self.about else [])
 
     def write(self, **changes) -> None:
         "Change what run.json says, atomically. Raises `ConfigError` when another machine has changed it."

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 from .audio import decode, find, read_metadata
 from .bucket import DamagedError, ObjectNotFound, StorageError
+from .sentences import render
 from .storage import forget, is_remote, join, normalize, remember, remember_object, stage
 
 # %% ../nbs/02a_loading.ipynb #a4170ceb
 class RecordingError(ValueError):
     "A recording that is set aside: attributes uid, path (empty: unknown), stage and error, all text."
+
+    _render_traceback_ = render
 
     def __init__(
         self,

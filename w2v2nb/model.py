@@ -20,6 +20,7 @@ from .adapt import choose_trainable, merged_state
 from .backbone import choose_precision, pick_device
 from .chance import Chance
 from .checkpoint import read_json, read_preprocessor
+from .display import model_html
 from .encoder import POOLINGS, Encoder, batch_recordings, evaluating, pool
 from .heads import HEAD, AttentionPool, LayerMix, make_heads
 from .objectives import LOSSES, count_outputs, make_scores
@@ -144,6 +145,8 @@ class Classifier(Features):
         groups = " | ".join(", ".join(group) for group in self.classifiers)
         layer = "all layers, weighted" if self.layer_mix else f"layer {self.layer}"
         return f"Classifier({groups})\n  {self.pooling} of {layer}, {self.loss}, tune {self.tune} {self.encoder}"
+
+    _repr_html_ = model_html
 
 # %% ../nbs/07_model.ipynb #75ffa524
 def score_recordings(

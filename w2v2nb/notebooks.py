@@ -161,6 +161,8 @@ class Progress(logging.Handler):
 class NotebookError(RuntimeError):
     "A cell raised an exception; the executed notebook shows which and why."
 
+    _render_traceback_ = ConfigError._render_traceback_
+
 
 def execute(
     path: Path,  # notebook
@@ -271,8 +273,7 @@ def read_file(
         raise ConfigError(" ".join(f"{path}: {e}".split())) from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds a {type(found).__name__}; it should hold NAME: VALUE lines")
-    is_number = {name: isinstance(value, str) and bool(NUMBER.fullmatch(value)) for name, value in found.items()}
-    return {name: float(value) if is_number[name] else value for name, value in found.items()}
+    return {name: float(value) if NUMBER.fullmatch(str(value)) else value for name, value in found.items()}
 
 # %% ../nbs/14a_notebooks.ipynb #1f6a5e85
 def main(

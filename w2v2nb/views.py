@@ -44,7 +44,7 @@ def table_html(
     "A table as HTML; all text in it is escaped."
     more = f" (the first {n_rows} of {len(table)})" if len(table) > n_rows else ""
     rows = table.head(n_rows).to_html(index=False, border=0, na_rep="", float_format=lambda x: f"{x:.3g}")
-    return f"<p>{escape(caption + more)}</p>{rows}"
+    return f'<div class="jp-RenderedHTMLCommon" style="overflow-x: auto"><p>{escape(caption + more)}</p>{rows}</div>'
 
 # %% ../nbs/14e_views.ipynb #a8e04940
 class View(ipywidgets.VBox):
@@ -98,14 +98,20 @@ def wav_bytes(
 
 # %% ../nbs/14e_views.ipynb #5f912992
 class Player(ipywidgets.Audio):
-    "An audio element; nothing is sent to the browser before there is something to hear."
+    "An audio element, hidden before there is something to hear. `caption` is a line to put before it."
 
     def __init__(
         self,
-        name: str,  # what is heard, for screen readers
+        name: str,  # what is heard
     ):
-        super().__init__(format="wav", autoplay=False, loop=False, tooltip=name)
-        self.layout.width = "100%"
+        super().__init__(format="wav", autoplay=False, loop=False)  # a tooltip would break it, in ipywidgets 8.1
+        self.layout.width, self.caption = "100%", ipywidgets.HTML(escape(name))
+        self.silence()
+
+    def silence(self) -> None:
+        "Take the sound out."
+        with self.hold_sync():
+            self.autoplay, self.value, self.layout.display = False, b"", "none"
 
     def hear(
         self,
@@ -116,7 +122,7 @@ class Player(ipywidgets.Audio):
         "Put a sound into the player. Raises `ValueError` for what isn't a waveform."
         data = wav_bytes(waveform, sample_rate_hz)
         with self.hold_sync():
-            self.autoplay, self.value = is_played, data
+            self.autoplay, self.value, self.layout.display = is_played, data, None
 
 # %% ../nbs/14e_views.ipynb #bee7bf9b
 def as_table(
@@ -168,7 +174,8 @@ class Card(View):
     ):
         self.shelf, self.uid, self.notice = shelf, None, Notice()
         self.picture, self.player, self.facts = ipywidgets.HTML(), Player("the recording"), ipywidgets.HTML()
-        super().__init__([self.notice, self.picture, self.player, self.facts], lambda: self.picture.value + self.facts.value)
+        children = [self.notice, self.picture, self.player.caption, self.player, self.facts]
+        super().__init__(children, lambda: self.notice.value + self.picture.value + self.facts.value)
 
     def show(
         self,
@@ -186,3 +193,5 @@ class Card(View):
             text = f"waveform and mel spectrogram of {uid}, {duration_s:.2f} s at {rate} Hz"
             self.player.hear(waveform, rate, is_played)
             self.picture.value = picture_html(plot_recording(waveform, rate, uid), text)
+            return
+        self.player.silence()

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from .bucket import N_THREADS
+from .sentences import render
 
 # %% ../nbs/04a_workers.ipynb #8646f751
 def prepare_ahead(
@@ -95,6 +96,8 @@ def start_workers(
 class WorkerError(RuntimeError):
     "A worker process ended before its time."
 
+    _render_traceback_ = render
+
 
 WORKER_DIED = (
     "A process that reads recordings ended before its time: memory may have run out, or it could not start, because a "
@@ -159,8 +162,8 @@ class Ahead:
         stop: Event,  # set when nobody wants the rest
         n: int = 2,  # items to make ahead
     ):
-        self.items, self.pool, self.stop = items, pool, stop
-        self.pending = deque(pool.submit(next, items, END) for _ in range(n))
+        self.items, self.pool, self.stop, self.pending = items, pool, stop, deque()
+        self.pending.extend(pool.submit(next, items, END) for _ in range(n))
 
     def __iter__(self) -> Iterator[Any]:
         return self

@@ -1,0 +1,84 @@
+"""comparison: what differs comes first, differences are about the same recordings, odd runs are told."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from w2v2nb import samples
+from w2v2nb.comparison import compare, compare_metrics, compare_settings, find_shared, read_runs
+from w2v2nb.config import configure
+from w2v2nb.folder import RunFolder
+from w2v2nb.run import start
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    "Two trainings that differ in what they do, and an evaluation on other recordings."
+    place = tmp_path_factory.mktemp("runs")
+    inputs = dict(prefix=samples.prefix(), data_split_root=samples.split_root(), dataset="demo", cache=False)
+    train = dict(label_txt=samples.label_txt(), checkpoint=samples.checkpoint())
+    start(configure(**inputs, **train, exp_dir=place / "a"))
+    start(configure(**inputs, **train, exp_dir=place / "b", epochs=2, dropout=0.2))
+    pd.read_csv(f"{samples.split_root()}/test.csv", dtype={"uid": str}).iloc[:30].to_csv(place / "some.csv", index=False)
+    inputs["data_split_root"] = place / "some.csv"
+    start(configure("eval-only", **inputs, exp_dir=place / "c", mdl_path=place / "b" / "demo_model"))
+    return place
+
+
+def test_settings_that_differ_and_no_others(folders):
+    found = compare_settings(read_runs([folders / "a", folders / "b"])).set_index("parameter")
+    assert found["a"].to_dict() == {"epochs": "1", "dropout": str(configure_default("dropout"))}
+    assert found["b"].to_dict() == {"epochs": "2", "dropout": "0.2"}
+
+
+def configure_default(name):
+    from w2v2nb.settings import Config
+
+    return Config.model_fields[name].default
+
+
+def test_differences_are_those_of_the_predictions(folders):
+    runs = read_runs({"first": folders / "a", "second": RunFolder(folders / "b")})
+    found = compare_metrics(runs).set_index("Label")
+    a, b = (pd.read_csv(folders / name / "demo_predictions.csv") for name in "ab")
+    for label in runs["first"].labels:
+        is_rated = a[f"{label}_target"].notna()
+        auc_a, auc_b = (roc_auc_score(t[f"{label}_target"][is_rated], t[f"{label}_score"][is_rated]) for t in (a, b))
+        row = found.loc[label]
+        np.testing.assert_allclose([row["AUC first"], row["AUC second"], row["second"]], [auc_a, auc_b, auc_b - auc_a], atol=1e-9)
+        assert row["second low"] < row["second"] < row["second high"] and row["n"] == is_rated.sum()
+
+
+def test_other_recordings_are_said_and_left_out(folders):
+    runs = read_runs([folders / "b", folders / "c"])
+    uids, _, warning = find_shared(runs)
+    assert len(uids) == 30 and "different recordings (b 48, c 30)" in warning
+    found = compare_metrics(runs)
+    assert (found["n"] <= 30).all()
+    np.testing.assert_allclose(found["c"].dropna(), 0, atol=1e-6, err_msg="the same model on the same recordings")
+    assert "different recordings" in compare([folders / "b", folders / "c"]).tables.value
+
+
+def test_the_view_draws_the_label_that_is_chosen(folders):
+    view = compare([folders / "a", folders / "b"])
+    before = view.curves.value
+    view.label.value = view.label.options[-1]
+    assert view.curves.value != before and f"of {view.label.options[-1]} in" in view.curves.value
+    form = view._repr_mimebundle_()["text/html"]
+    assert "what was set differently" in form and "<img alt=" in form and view.label.options[0] in form
+
+
+def test_names_are_text_not_html(folders):
+    view = compare({"<b>bold</b>": folders / "b", "c": folders / "c"})
+    assert "<b>bold" not in view.tables.value and "&lt;b&gt;bold" in view.tables.value
+
+
+@pytest.mark.parametrize(
+    "runs, words",
+    [("a", "there is one run"), (["a"], "there is one run"), (["a", "a"], "twice"), (["a", "none"], "no run")],
+)
+def test_what_cannot_be_compared_is_told(folders, runs, words):
+    runs = str(folders / runs) if isinstance(runs, str) else [folders / name for name in runs]
+    with pytest.raises((ValueError, OSError), match=words):
+        compare(runs)
