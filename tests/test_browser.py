@@ -17,7 +17,8 @@ def check(notebook):
     with notebook.zoomed(2):
         assert notebook.too_wide() == []
     assert ERROR not in notebook.text()
-    assert notebook.errors == []
+    # of a player that was emptied, Chromium says that no byte of nothing can be loaded
+    assert [error for error in notebook.errors if "ERR_REQUEST_RANGE_NOT_SATISFIABLE" not in error] == []
     assert notebook.abroad == []
 
 
@@ -160,7 +161,6 @@ def runs(running_lab):  # noqa: F811
     make_runs(running_lab.root)
 
 
-@pytest.mark.xfail(strict=True, reason="choosing another second in JupyterLab marks nothing")
 def test_errors(lab, runs):  # noqa: F811
     notebook = lab.open([CELLS["errors"]])
     box = notebook.output()
@@ -171,8 +171,8 @@ def test_errors(lab, runs):  # noqa: F811
     box.get_by_role("button", name="Which second").click()
     notebook.wait(lambda: images(notebook).count() == 2, "the scores of the seconds are shown")
     seconds, marked = box.get_by_label("Second", exact=True), alt(notebook, 1)
-    lines = seconds.locator("option").all_inner_texts()
-    seconds.select_option(next(line for line in lines if line not in marked))
+    lines = [line.replace("\xa0", " ") for line in seconds.locator("option").all_inner_texts()]
+    seconds.select_option(index=next(i for i, line in enumerate(lines) if line not in marked))
     notebook.wait(lambda: alt(notebook, 1) != marked, "another second is marked", 15)
     assert not is_blank(images(notebook).nth(1).screenshot()) and notebook.is_playing(players(notebook).last)
     notebook.shot("errors")
@@ -197,9 +197,10 @@ def test_form(lab):  # noqa: F811
     assert "should be greater than 0" in box.get_by_role("alert").first.inner_text()
     enter(field, "3")
     notebook.wait(run.is_enabled, "the values are right")
-    assert "--epochs 3" in notebook.text() or "-e 3" in notebook.text()
+    assert "--epochs=3" in notebook.text()
     notebook.shot("form")
     check(notebook)
     run.click()
-    notebook.wait(lambda: "finished; the run's folder is" in notebook.text(), "the run has finished")
+    body = notebook.page.locator("body")  # the last output is now the one inside the form
+    notebook.wait(lambda: "finished; the run's folder is" in body.inner_text(), "the run has finished")
     assert (lab.root / "formed" / "run.json").exists()
