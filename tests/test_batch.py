@@ -1,5 +1,6 @@
 """batch: every recording once, a fixed order, bounded memory, failures set aside, workers that end."""
 
+import gc
 import math
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from w2v2nb.batch import Batches, Failure, Reader, collate
 from w2v2nb.loading import RecordingError
 from w2v2nb.memory import padded_seconds, take, with_backoff
 from w2v2nb.windows import Item, cut, cut_stream, steps
-from w2v2nb.workers import WorkerError
+from w2v2nb.workers import Ahead, WorkerError
 
 LENGTHS = np.random.default_rng(0).integers(100, 5000, size=200)
 
@@ -628,3 +629,16 @@ def test_on_a_gpu():
         return torch.empty(n_bytes, dtype=torch.uint8, device="cuda").numel()
 
     assert [len(piece) for piece, _ in with_backoff(step, batch)] == [1] * 4
+
+
+def test_an_interrupt_while_a_pass_begins_is_all_that_is_told(monkeypatch):
+    class Interrupted:
+        def submit(self, *arguments):
+            raise KeyboardInterrupt
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    with pytest.raises(KeyboardInterrupt):
+        Ahead(iter(()), Interrupted(), threading.Event())
+    gc.collect()
+    assert told == [], "what is thrown away half made ends quietly"
