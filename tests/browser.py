@@ -312,7 +312,7 @@ class Lab:
             os.killpg(self.server.pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # playwright's event loop counts as running until it is closed, also for the tests after these
 def running_lab(tmp_path_factory):
     if reason := why_not():
         pytest.skip(reason)
