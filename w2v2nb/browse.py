@@ -290,8 +290,6 @@ class Browser(View):
         if uid is not None:
             self.card.shelf = self.shelf if is_raw else hear(self.shelf, self.is_trimmed.value, self.clip_s.value)
             self.card.show(uid)
-            if not self.card.picture.value:
-                self.player.value = b""  # not the sound of the recording before
             self.facts.value = describe(self.table[self.table["uid"] == uid], selection.find_labels(self.table))
 
     def make_static(self) -> str:

@@ -53,7 +53,8 @@ def find_shared(
 ) -> tuple[list[str], list[str], str]:
     "The uids and the labels that all runs have, in the first run's order, and a sentence if some have more; else empty."
     uids = [[*run.predictions["uid"]] for run in runs.values()]
-    shared = [uid for uid in uids[0] if all(uid in others for others in map(set, uids[1:]))]
+    in_all = set.intersection(*map(set, uids))
+    shared = [uid for uid in uids[0] if uid in in_all]
     labels = [label for label in next(iter(runs.values())).labels if all(label in run.labels for run in runs.values())]
     counts = ", ".join(f"{name} {len(own)}" for name, own in zip(runs, uids, strict=True))
     is_same = all(len(own) == len(shared) for own in uids)

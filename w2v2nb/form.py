@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFTEN', 'NOTEBOOKS', 'HEADER', 'arrange', 'describe_field', 'as_text', 'make_control', 'read_values', 'write_command',
-           'papermill_command', 'write_files', 'describe_form', 'Fields', 'Form', 'check_form', 'run_form', 'form']
+           'papermill_command', 'write_files', 'commands_html', 'describe_form', 'Fields', 'Form', 'check_form',
+           'run_form', 'form']
 
 # %% ../nbs/14l_form.ipynb #b5344dea
 import shlex
@@ -123,6 +124,16 @@ def write_files(
     return list(texts)
 
 # %% ../nbs/14l_form.ipynb #9d75a7a0
+def commands_html(
+    config: Config | None,  # from `read_values`
+) -> str:
+    "Both commands, as HTML."
+    lines = "a command follows once every value can be read"
+    if config:
+        lines = f"{write_command(config)}\n\n{papermill_command(config)}"
+    return f'<pre style="white-space: pre-wrap">{escape(lines)}</pre>'
+
+
 def describe_form(
     config: Config | None,  # from `read_values`
     sentence: str,  # what is wrong, or that nothing is
@@ -134,8 +145,7 @@ def describe_form(
         cells = [(name, str(value), Config.model_fields[name].description) for name, value in given.items()]
         rows = ["<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in cells]
         parts.append(f"<table><tr><th>setting</th><th>value</th><th>what it is</th></tr>{''.join(rows)}</table>")
-        lines = f"{write_command(config)}\n\n{papermill_command(config)}"
-        parts.append(f'<pre style="white-space: pre-wrap">{escape(lines)}</pre>')
+        parts.append(commands_html(config))
     return "".join(parts)
 
 # %% ../nbs/14l_form.ipynb #b74853b1
@@ -219,10 +229,7 @@ def check_form(
     "Say what is wrong, show the commands, and set the buttons."
     mode, (config, found) = form.mode.value, form.read()
     form.fields.tell(mode, found)
-    lines = "a command follows once every value can be read"
-    if config:
-        lines = f"{write_command(config)}\n\n{papermill_command(config)}"
-    form.commands.value = f'<p>As a command, and as a notebook:</p><pre style="white-space: pre-wrap">{escape(lines)}</pre>'
+    form.commands.value = f"<p>As a command, and as a notebook:</p>{commands_html(config)}"
     values = config.model_dump(exclude_unset=True) if config else form.fields.values(mode) | {"mode": mode}
     try:
         form.config = configure(**values)

@@ -161,10 +161,10 @@ class Seconds(View):
 
     def begin(self, row: pd.Series | None, label: str) -> None:
         "Take another recording, whose seconds are not scored yet."
-        self.row, self.label, self.windows, self.pick.options = row, label, None, []
-        self.picture.value, self.player.value, is_there = "", b"", self.judged.model_place is not None
-        self.ask.disabled = row is None or not is_there
-        self.notice.say("" if is_there else "the run's model is not there, so seconds cannot be scored")
+        self.row, self.label, self.windows, self.pick.options, self.picture.value = row, label, None, [], ""
+        self.player.silence()
+        self.ask.disabled = row is None or self.judged.model_place is None
+        self.notice.say("" if self.judged.model_place else "the run's model is not there, so seconds cannot be scored")
 
     def score(self) -> None:
         "Score the windows of the recording and mark the one that made the score."
