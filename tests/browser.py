@@ -41,7 +41,8 @@ table, prefix = f"{samples.split_root()}/test.csv", samples.prefix()
 """
 # what opens each widget; `short` and `long` are run folders, from `make_runs`
 CELLS = {
-    "card": """from w2v2nb.views import Card, Shelf, as_table
+    "card": """from w2v2nb.table import as_table
+from w2v2nb.views import Card, Shelf
 table = as_table(table)
 card = Card(Shelf(table, prefix))
 card.show(table["uid"][0], table.head(1))
@@ -50,7 +51,7 @@ card""",
     "transforms": "from w2v2nb.tryout import transforms\ntransforms(sorted(Path(prefix).rglob('*.wav'))[0])",
     "errors": "from w2v2nb.mistakes import errors\nerrors('long', device='cpu')",
     "compare": "from w2v2nb.comparison import compare\ncompare(['short', 'long'])",
-    "embeddings": "from w2v2nb.embedding_map import embeddings\nembeddings('embeddings', prefix)",
+    "embeddings": "from w2v2nb.embedding_map import embeddings\nembeddings('embeddings', prefix, annotations=table)",
     "annotate": "from w2v2nb.rating import annotate\nannotate(table, ['breathy', 'strained'], prefix, rater='a')",
     "form": """from w2v2nb.form import form
 places = dict(prefix=prefix, data_split_root=samples.split_root(), label_txt=samples.label_txt())
@@ -117,6 +118,17 @@ def png_pixels(png):
 def is_blank(png):
     "Whether a picture shows nothing."
     return png_pixels(png).std() < 5
+
+
+def make_embeddings(folder):
+    "An extraction, `embeddings`, in a folder."
+    from w2v2nb import samples
+    from w2v2nb.config import configure
+    from w2v2nb.run import start
+
+    table = f"{samples.split_root()}/test.csv"
+    inputs = dict(prefix=samples.prefix(), data_split_root=table, checkpoint=samples.checkpoint(), layer="0,1")
+    start(configure("extraction", **inputs, dataset="samples", exp_dir=f"{folder}/embeddings"))
 
 
 def make_runs(folder):

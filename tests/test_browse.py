@@ -332,17 +332,17 @@ def test_a_bucket_that_does_not_answer_is_a_sentence(view):
 
 def test_the_static_form_is_the_table_and_a_picture(view):
     view.filters["subject"].value = "bob"
-    form = view._repr_mimebundle_()["text/html"]
+    form = view.static()
     assert "3 of 8 recordings" in form and "<td>cut</td>" in form and "<td>loud</td>" not in form
     assert '<img alt="waveform and mel spectrogram of stereo' in form
     view.pick.value = "cut"
-    form = view._repr_mimebundle_()["text/html"]
+    form = view.static()
     assert "cut short" in form and "<img" not in form and view.reads == ["stereo", "cut"]
 
 
 def test_a_static_form_without_rows(view):
     view.filters["uid"].value = "nobody"
-    assert "0 of 8 recordings" in view._repr_mimebundle_()["text/html"] and not view.reads
+    assert "0 of 8 recordings" in view.static() and not view.reads
 
 
 def test_five_thousand_rows(folder):

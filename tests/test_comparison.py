@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from w2v2nb import samples
-from w2v2nb.comparison import compare, compare_metrics, compare_settings, find_shared, read_runs
+from w2v2nb.comparison import compare, compare_metrics, compare_settings, read_runs, share, write_intervals
 from w2v2nb.config import configure
 from w2v2nb.folder import RunFolder
 from w2v2nb.run import start
@@ -27,9 +27,11 @@ def folders(tmp_path_factory):
 
 
 def test_settings_that_differ_and_no_others(folders):
-    found = compare_settings(read_runs([folders / "a", folders / "b"])).set_index("parameter")
+    found, equal = compare_settings(read_runs([folders / "a", folders / "b"]))
+    found = found.set_index("parameter")
     assert found["a"].to_dict() == {"epochs": "1", "dropout": str(configure_default("dropout"))}
     assert found["b"].to_dict() == {"epochs": "2", "dropout": "0.2"}
+    assert equal["learning_rate"] == str(configure_default("learning_rate")) and not {"epochs", "dropout", "exp_dir"} & set(equal)
 
 
 def configure_default(name):
@@ -40,23 +42,36 @@ def configure_default(name):
 
 def test_differences_are_those_of_the_predictions(folders):
     runs = read_runs({"first": folders / "a", "second": RunFolder(folders / "b")})
-    found = compare_metrics(runs).set_index("Label")
+    found = compare_metrics(share(runs)).set_index("Label")
     a, b = (pd.read_csv(folders / name / "demo_predictions.csv") for name in "ab")
     for label in runs["first"].labels:
         is_rated = a[f"{label}_target"].notna()
         auc_a, auc_b = (roc_auc_score(t[f"{label}_target"][is_rated], t[f"{label}_score"][is_rated]) for t in (a, b))
         row = found.loc[label]
-        np.testing.assert_allclose([row["AUC first"], row["AUC second"], row["second"]], [auc_a, auc_b, auc_b - auc_a], atol=1e-9)
-        assert row["second low"] < row["second"] < row["second high"] and row["n"] == is_rated.sum()
+        aucs = [row["AUC of first"], row["AUC of second"], row["second higher by"]]
+        np.testing.assert_allclose(aucs, [auc_a, auc_b, auc_b - auc_a], atol=1e-9)
+        for name in ("AUC of first", "AUC of second", "second higher by"):
+            assert row[f"{name}, low"] < row[name] < row[f"{name}, high"]
+        assert row["n"] == is_rated.sum()
+
+
+def test_intervals_are_those_of_the_run_s_own_metrics(folders):
+    runs = read_runs({"first": folders / "a", "second": folders / "b"})
+    found = compare_metrics(share(runs))
+    own = pd.read_csv(folders / "b" / "demo_metrics.csv").set_index("Label").loc[found["Label"]]
+    shown = found[["AUC of second", "AUC of second, low", "AUC of second, high"]].to_numpy()
+    np.testing.assert_allclose(shown, own[["AUC", "AUC_low", "AUC_high"]].to_numpy(), atol=1e-6)
+    row = write_intervals(found).iloc[0]
+    assert row["second higher by"][0] in "+-" and row["AUC of second"] == "{:.2f} ({:.2f} to {:.2f})".format(*shown[0])
 
 
 def test_other_recordings_are_said_and_left_out(folders):
     runs = read_runs([folders / "b", folders / "c"])
-    uids, _, warning = find_shared(runs)
-    assert len(uids) == 30 and "different recordings (b 48, c 30)" in warning
-    found = compare_metrics(runs)
+    shared = share(runs)
+    assert len(shared.tables["b"]) == 30 and "different recordings (b 48, c 30)" in shared.warning
+    found = compare_metrics(shared)
     assert (found["n"] <= 30).all()
-    np.testing.assert_allclose(found["c"].dropna(), 0, atol=1e-6, err_msg="the same model on the same recordings")
+    np.testing.assert_allclose(found["c higher by"].dropna(), 0, atol=1e-6, err_msg="the same model on the same recordings")
     assert "different recordings" in compare([folders / "b", folders / "c"]).tables.value
 
 
@@ -65,8 +80,9 @@ def test_the_view_draws_the_label_that_is_chosen(folders):
     before = view.curves.value
     view.label.value = view.label.options[-1]
     assert view.curves.value != before and f"of {view.label.options[-1]} in" in view.curves.value
-    form = view._repr_mimebundle_()["text/html"]
-    assert "what was set differently" in form and "<img alt=" in form and view.label.options[0] in form
+    form = view.static()
+    assert "what was set differently" in form and "settings are equal" in form
+    assert form.count("<img alt=") == len(view.label.options), "the curves of each label"
 
 
 def test_names_are_text_not_html(folders):

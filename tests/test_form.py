@@ -206,8 +206,8 @@ def test_in_a_kernel_the_output_shows_prints_curves_and_the_folder(few, tmp_path
     cells = [begin, "view.run.click()", "print(view.said, view.output.outputs)"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(nb, timeout=120, kernel_name="python3").execute()
-    shown = nb.cells[0].outputs[0].data
-    assert "ready to run" in shown["text/html"] and "<td>epochs</td><td>2</td>" in shown["text/html"]
+    static, shown = (output.data for output in nb.cells[0].outputs)
+    assert "ready to run" in static["text/html"] and "<td>epochs</td><td>2</td>" in static["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in shown
     said = nb.cells[2].outputs[0].text
     assert said.startswith("finished; the run's folder is")

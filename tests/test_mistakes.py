@@ -194,7 +194,7 @@ def test_kinds_filter_the_list_and_an_empty_one_is_no_error(runs):
         view.kind.value = kind
         assert len(view.pick.options) == len(rank_errors(view.judged, view.label.value, kind))
         assert f"{len(view.pick.options)} of" in view.ranking.notice.value
-        form = view._repr_mimebundle_()["text/html"]
+        form = view.static()
         assert ("<img" in form) == bool(view.pick.options)
 
 
@@ -225,6 +225,6 @@ def test_text_from_the_table_is_escaped(runs, tmp_path):
     table.columns = [c.replace("strained", "<i>strained") for c in table.columns]
     table.to_csv(path, index=False)
     view = errors(RunFolder(tmp_path / "run"))
-    form = view._repr_mimebundle_()["text/html"]
+    form = view.static()
     assert "<script" not in form and "<i>" not in form and "<script>" in unescape(form)
     assert "<script" not in view.card.notice.value + view.ranking.notice.value

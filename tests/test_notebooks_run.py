@@ -1,5 +1,7 @@
 """`w2v2nb papermill`: parameters judged before a kernel starts, one upload, the executed notebook also of a failure."""
 
+import base64
+
 import nbformat
 import pytest
 from cloud import Fault
@@ -167,12 +169,13 @@ def test_the_notebook_itself_is_not_changed(path, tmp_path):
 
 
 def test_a_view_is_kept_as_its_static_form(tmp_path):
-    show = "from w2v2nb.views import Card, Shelf, as_table\nfrom w2v2nb import samples\n"
+    show = "from w2v2nb.table import as_table\nfrom w2v2nb.views import Card, Shelf\nfrom w2v2nb import samples\n"
     show += "table = as_table(samples.split_root() + '/test.csv')\ncard = Card(Shelf(table, samples.prefix()))\n"
     show += "card.show(table['uid'][0])\ncard"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(show)]), tmp_path / "look.ipynb")
     run_notebook(tmp_path / "look.ipynb", tmp_path / "out.ipynb")
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
-    (shown,) = executed.cells[-1].outputs
-    assert set(shown.data) == {"text/plain", "text/html"} and "<img alt=" in shown.data["text/html"]
+    text, picture = executed.cells[-1].outputs
+    assert "<p>waveform and mel spectrogram" in text.data["text/html"] and "<style" not in text.data["text/html"]
+    assert base64.b64decode(picture.data["image/png"]).startswith(b"\x89PNG") and "mel spectrogram" in picture.data["text/plain"]
     assert "widgets" not in executed.metadata

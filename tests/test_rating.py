@@ -364,7 +364,7 @@ def test_the_static_form_says_where_one_is(session):
     view = session(rater="Ann")
     view.comment.value = "<script>"
     type_keys(view, "12")
-    form = view._repr_mimebundle_()["text/html"]
+    form = view.static()
     assert "recording 2 of 48, label 1 of 2: strained" in form and "Ann" in form and "<script>" not in form
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from w2v2nb import samples
 from w2v2nb.config import Config
+from w2v2nb.display import STATIC
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "nbs" / "runs"
@@ -41,7 +42,8 @@ def mimes(notebook):
 
 def pictures(notebook):
     "How many pictures each cell that shows some shows."
-    counts = [sum("image/png" in output.get("data", {}) for output in cell.get("outputs", [])) for cell in notebook["cells"]]
+    shown = [[json.dumps(output.get("data", {})) for output in cell.get("outputs", [])] for cell in notebook["cells"]]
+    counts = [sum('"image/png"' in data or STATIC in data for data in outputs) for outputs in shown]
     return [count for count in counts if count]
 
 

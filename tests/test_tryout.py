@@ -169,5 +169,5 @@ def test_text_from_a_path_is_escaped(tmp_path):
 
 
 def test_the_static_form_shows_both_pictures_and_the_code():
-    form = transforms(path)._repr_mimebundle_()
-    assert form["text/html"].count("<img") == 2 and "Compose((" in form["text/html"]
+    form = transforms(path).static()
+    assert form.count("<img") == 2 and "Compose((" in form

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from w2v2nb.notebooks import keep_static
+from w2v2nb.display import keep_static
 
 
 def run(path: Path) -> None:

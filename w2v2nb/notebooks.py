@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'KINDS', 'HELP', 'read_value', 'prepare', 'declared_parameters', 'own_values', 'fits', 'check_parameters',
-           'check_kernel', 'Progress', 'NotebookError', 'execute', 'keep_static', 'upload', 'run_notebook', 'read_file',
-           'main']
+           'check_kernel', 'Progress', 'NotebookError', 'execute', 'upload', 'run_notebook', 'read_file', 'main']
 
 # %% ../nbs/14a_notebooks.ipynb #2652009b
 import ast
@@ -22,6 +21,7 @@ from typing import Any
 
 from . import storage
 from .config import Config, ConfigError, checking, configure
+from .display import keep_static
 from .flags import Parser
 
 # %% ../nbs/14a_notebooks.ipynb #f58828a9
@@ -190,22 +190,6 @@ def execute(
         log.removeHandler(progress)
         log.setLevel(level)
         log.propagate = propagates
-
-# %% ../nbs/14a_notebooks.ipynb #1008b39d
-def keep_static(
-    path: Path,  # an executed notebook, which is rewritten
-) -> None:
-    "Drop widgets whose output has a picture or HTML as well."
-    import nbformat
-    notebook, view = nbformat.read(path, as_version=4), "application/vnd.jupyter.widget-view+json"
-    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    for data in shown:
-        if view in data and not {"text/html", "image/png"}.isdisjoint(data):
-            del data[view]
-    if not any(view in data for data in shown):
-        notebook.metadata.pop("widgets", None)
-    with storage.writing(path) as temporary:
-        nbformat.write(notebook, temporary)
 
 # %% ../nbs/14a_notebooks.ipynb #3d2560ea
 def upload(

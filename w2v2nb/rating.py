@@ -15,10 +15,11 @@ import pandas as pd
 from ipywidgets import HTML, Button, Checkbox, HBox, Layout, Select, Text, VBox
 
 from .agreement import agreement_table, disagreements
+from .display import picture_html
 from .report import plot_recording
 from .session import ACTIONS, SCALES, Scale, Session, describe_place, gather_raters, make_rows, read_questions
-from .table import name_some
-from .views import Card, Notice, Player, Shelf, View, as_table, picture_html, table_html
+from .table import as_table, name_some
+from .views import LABELLED, Card, Notice, Player, Shelf, View, table_html
 
 # %% ../nbs/14k_rating.ipynb #b8c118e8
 def new_keys(
@@ -50,8 +51,8 @@ class Comparison(View):
         self.card, self.table = Card(shelf), table
         shown = self.differences.head(500)
         options = [f"{row.uid}: {row.Label}, {row.difference:g} apart" for row in shown.itertuples()]
-        width, style = Layout(width="100%"), {"description_width": "initial"}
-        self.pick = Select(options=options, index=None, rows=8, description="Disagreements", style=style, layout=width)
+        width = Layout(width="auto")
+        self.pick = Select(options=options, index=None, rows=8, description="Disagreements", style=LABELLED, layout=width)
         self.pick.observe(self.show, "index")
         count = Notice()
         count.say(f"{len(shown)} of {len(self.differences)} disagreements shown, greatest first")
