@@ -30,6 +30,7 @@ FLAGS = """--headless --no-sandbox --disable-quic --no-first-run --disable-backg
 FLAGS.append("--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1")
 SERVER = """--ServerApp.ip=127.0.0.1 --ServerApp.open_browser=False --ServerApp.allow_root=True --ServerApp.port_retries=0
 --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.expose_app_in_browser=True
+--JupyterNotebookApp.expose_app_in_browser=True
 --LabApp.extension_manager=readonly --LanguageServerManager.autodetect=False --ServerApp.terminals_enabled=False""".split()
 PAGE_CONFIG = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
 SIZE = {"width": 1280, "height": 1600}  # high enough for a whole widget
@@ -284,23 +285,24 @@ class Lab:
         page.set_default_timeout(1000 * TIMEOUT_S)
         return Notebook(self, page)
 
-    def view(self, name):
-        "Open a notebook as it is, and run nothing."
+    def view(self, name, place="lab/tree"):
+        "Open a notebook as it is, and run nothing; in Notebook 7 at the place `notebooks`."
         notebook = self.page()
-        notebook.page.goto(f"{self.address}/lab/tree/{name}?reset&token={self.token}")
+        notebook.page.goto(f"{self.address}/{place}/{name}?reset&token={self.token}")
         notebook.page.wait_for_selector(".jp-Notebook .jp-Cell")
         notebook.page.wait_for_function("window.jupyterapp && window.jupyterapp.restored.then(() => true)")
         if notebook.page.locator("#jp-left-stack").is_visible():
             notebook.command("application:toggle-left-area")
         return notebook
 
-    def open(self, cells):
+    def open(self, cells, place="lab/tree"):
         "Write a notebook, open it and run it; what a cell raises is an error here."
         name = self.write(cells)
-        notebook = self.view(name)
+        notebook = self.view(name, place)
         notebook.name = name
         kernel = "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
         notebook.page.wait_for_function(kernel)
+        notebook.errors.clear()  # those of opening are not a cell's
         notebook.command("notebook:run-all-cells")
         failed = notebook.page.locator(".jp-RenderedText:is([data-mime-type*=stderr], [data-mime-type*=error])")
         assert not failed.count(), failed.first.inner_text()

@@ -40,8 +40,9 @@ def alt(notebook, i=0):
     return images(notebook).nth(i).get_attribute("alt")
 
 
-def test_card(lab):  # noqa: F811
-    notebook = lab.open([CELLS["card"]])
+@pytest.mark.parametrize("place", ["lab/tree", "notebooks"], ids=["JupyterLab", "Notebook 7"])
+def test_card(lab, place):  # noqa: F811
+    notebook = lab.open([CELLS["card"]], place)
     assert re.fullmatch(r"waveform and mel spectrogram of \w+, 2\.\d\d s at 8000 Hz", alt(notebook))
     assert not is_blank(images(notebook).screenshot())
     assert notebook.is_playing(players(notebook))
@@ -92,16 +93,17 @@ def test_html(lab, executed):  # noqa: F811
     assert "buttercup" in text and ERROR not in text
 
 
+@pytest.mark.parametrize("place", ["lab/tree", "notebooks"], ids=["JupyterLab", "Notebook 7"])
 @pytest.mark.parametrize("is_trusted", [True, False])
-def test_reopened(lab, is_trusted):  # noqa: F811
-    notebook = lab.open([CELLS["card"].removesuffix("card") + "display(card)\nprint('and then')"])
+def test_reopened(lab, is_trusted, place):  # noqa: F811
+    notebook = lab.open([CELLS["card"].removesuffix("card") + "display(card)\nprint('and then')"], place)
     assert images(notebook).count() == players(notebook).count() == 1, "the static form is hidden while there is a widget"
     notebook.command("docmanager:save")
     lab.end_kernels()
     path = lab.root / notebook.name
     if not is_trusted:  # as if from somebody else
         path.write_text(path.read_text().replace("and then", "and now"))
-    again = lab.view(notebook.name)
+    again = lab.view(notebook.name, place)
     again.wait(lambda: images(again).count() == 1, "the static form is shown", 10)
     assert "buttercup" in again.text() and ERROR not in again.text() and "and " in again.text()
     again.shot(f"reopened-{is_trusted}")
@@ -161,6 +163,11 @@ def test_annotate(lab):  # noqa: F811
     check(notebook)
 
 
+@pytest.fixture(scope="module")
+def extracted(running_lab):  # noqa: F811
+    make_embeddings(running_lab.root)
+
+
 def drag(notebook, canvas, corners):
     "Draw around something; corners are shares of width and height."
     place, mouse = canvas.bounding_box(), notebook.page.mouse
@@ -172,9 +179,9 @@ def drag(notebook, canvas, corners):
     mouse.up()
 
 
-def test_embeddings(lab):  # noqa: F811
-    make_embeddings(lab.root)
-    notebook = lab.open([CELLS["embeddings"]])
+@pytest.mark.parametrize("place", ["lab/tree", "notebooks"], ids=["JupyterLab", "Notebook 7"])
+def test_embeddings(lab, place, extracted):  # noqa: F811
+    notebook = lab.open([CELLS["embeddings"]], place)
     box, canvas, points = notebook.output(), notebook.output().locator("canvas").first, notebook.output().get_by_label("Points")
     notebook.wait(lambda: not is_blank(canvas.screenshot()), "the map is drawn")
     n_all = points.locator("option").count()

@@ -205,7 +205,7 @@ class Measuring(ipywidgets.VBox):
 
 # %% ../nbs/14f_browse.ipynb #cf9bb6db
 N_LISTED = 500
-STYLE = """<style>.w2v2nb-rows {flex-direction: column; height: auto} .w2v2nb-rows select {overflow: auto}
+STYLE = """<style>.w2v2nb-rows {flex-direction: column; height: auto} .w2v2nb-rows select {overflow: auto; flex: none}
 .w2v2nb-rows select, .w2v2nb-rows > label {font-family: monospace; width: 100%; max-width: none; text-align: left}
 .w2v2nb-rows > label {white-space: pre; overflow: visible; padding-left: 0.3em}
 .w2v2nb-range {width: 28em} .w2v2nb-range .widget-readout {min-width: 9em}</style>"""
@@ -273,7 +273,7 @@ class Browser(View):
         self.filters, self.sort, self.is_descending = self.list.bar.filters, self.list.bar.sort, self.list.bar.is_descending
         self.pick, self.count = self.list.pick, self.list.count
         self.measuring = Measuring(self.shelf, lambda: self.list.take(list(self.measuring.measured.values())))
-        look = dict(layout=Layout(width="auto"), style={"button_width": "auto", **LABELLED})
+        look = dict(layout=Layout(width="max-content"), style={"button_width": "auto", **LABELLED})
         self.sound = ipywidgets.ToggleButtons(options=SOUNDS, description="sound", **look)
         self.is_trimmed = Checkbox(description="without silence at the ends", disabled=True, indent=False, style=LABELLED)
         self.clip_s = BoundedFloatText(10, min=0, max=1e5, description="at most (s; 0: all)", disabled=True, style=LABELLED)

@@ -132,7 +132,7 @@ class Panel(View):
         shelf: Shelf,  # where recordings are read
         press: Callable[[str], None],  # called with the key of a button
     ):
-        scale, wide = SCALES[session.scale], Layout(width="100%")
+        scale, wide = SCALES[session.scale], Layout(width="auto")
         self.session, self.progress, self.notice = session, Notice(style={"font_size": "1.3em"}), Notice()
         self.key = Text(description="Key", placeholder=" ".join([*scale.keys, *ACTIONS]))
         self.buttons = make_buttons(scale, press)

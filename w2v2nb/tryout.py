@@ -230,7 +230,8 @@ class Controls(VBox):
         self.effects = {name: EffectControl(name) for name in EFFECTS}
         self.specaugment = Checkbox(False, description="specaugment (nothing to hear)", indent=False, style=LABELLED)
         ways = [("as set, always", False), ("as training draws them", True)]
-        self.is_drawn = ToggleButtons(options=ways, value=False, description="Strengths", style=LABELLED)
+        look = dict(layout=Layout(width="max-content"), style={"button_width": "auto", **LABELLED})
+        self.is_drawn = ToggleButtons(options=ways, value=False, description="Strengths", **look)
         self.epoch = BoundedIntText(0, min=0, max=10**6, description="epoch or draw", style=LABELLED, layout=narrow)
         self.seed = BoundedIntText(0, min=0, max=2**31, description="seed", style=LABELLED, layout=narrow)
         self.another = Button(description="Another draw", layout=Layout(width="auto"))

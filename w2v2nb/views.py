@@ -33,6 +33,7 @@ def table_html(
     "A table as HTML; all text in it is escaped."
     more = f" (the first {n_rows} of {len(table)})" if len(table) > n_rows else ""
     rows = table.head(n_rows).to_html(index=False, border=0, na_rep="", float_format=lambda x: f"{x:.3g}")
+    rows = rows.replace("<table ", '<table style="margin-left: 0" ', 1)
     return f'<div class="jp-RenderedHTMLCommon" style="overflow-x: auto"><p>{escape(caption + more)}</p>{rows}</div>'
 
 # %% ../nbs/14e_views.ipynb #a8e04940
