@@ -81,7 +81,8 @@ def test_the_view_draws_the_label_that_is_chosen(folders):
     view.label.value = view.label.options[-1]
     assert view.curves.value != before and f"of {view.label.options[-1]} in" in view.curves.value
     form = view.static()
-    assert "what was set differently" in form and "settings are equal" in form
+    assert "what was set differently" in form and samples.split_root() not in form
+    assert "settings are equal" in view.equal.value and samples.split_root() in view.equal.value
     assert form.count("<img alt=") == len(view.label.options), "the curves of each label"
 
 

@@ -44,7 +44,7 @@ import_names |= {"google-cloud-storage": "google", "google-cloud-aiplatform": "g
 # declared but imported nowhere, and why
 used_otherwise = {}
 # development tools that are started, not imported, and limits on what nbdev brings along
-dev_used_otherwise = {"nbdev", "execnb", "ghapi", "jupytext", "ruff", "gcp-storage-emulator", "jupyterlab"}
+dev_used_otherwise = {"nbdev", "execnb", "ghapi", "jupytext", "ruff", "gcp-storage-emulator", "jupyterlab", "notebook"}
 
 mib = 1024 * 1024
 python_versions = ["3.10", "3.11", "3.12", "3.13"]

@@ -22,7 +22,7 @@ nbs = root / "nbs"
 max_cells, max_run_cells, max_cell_lines, max_exported_lines = 90, 25, 40, 250
 max_waiting_definitions = 2  # exported one after the other before a cell shows them working
 min_words_per_line = 1.5
-max_pictures, max_picture_bytes = 3, 100 * 1024
+max_pictures, max_course_pictures, max_picture_bytes = 3, 12, 100 * 1024
 development_packages = {"fastcore", "nbdev", "execnb", "ghapi"}  # never in exported cells and run notebooks
 
 rules = {"modules": [], "runs": [], "everything": []}
@@ -395,8 +395,9 @@ def pictures_are_few_and_small(nb):
         for kind, content in output.get("data", {}).items()
         if kind.startswith("image/")
     ]
-    if len(pictures) > max_pictures:
-        yield f"it has {len(pictures)} pictures, at most {max_pictures} should do; show the ones that are results"
+    most = max_course_pictures if nb.path.parent.name == "course" else max_pictures
+    if len(pictures) > most:
+        yield f"it has {len(pictures)} pictures, at most {most} should do; show the ones that are results"
     for cell, kind, content in pictures:
         if kind != "image/png":
             yield f"{cell} shows {kind}; make it a PNG at screen resolution"

@@ -153,20 +153,20 @@ class Comparison(View):
         self.metrics = compare_metrics(self.shared)
         caption = "what came of it, with 95 % intervals; a difference whose interval holds 0 may be chance"
         parts = [table_html(self.settings, "what was set differently", n_rows=100)]
-        parts.append(f"<details><summary>{len(equal)} settings are equal</summary>{facts_html('', equal)}</details>")
         parts += [f"<p><b>{escape(self.shared.warning)}</b></p>"] if self.shared.warning else []
         self.tables = HTML("".join([*parts, table_html(write_intervals(self.metrics), caption, n_rows=100)]))
+        self.equal = HTML(f"<details><summary>{len(equal)} settings are equal</summary>{facts_html('', equal)}</details>")
         self.label = Dropdown(options=self.shared.labels, description="Label", style=LABELLED)
         self.curves = HTML(self.draw(self.label.value))
         self.label.observe(lambda change: setattr(self.curves, "value", self.draw(change["new"])), "value")
-        super().__init__([self.tables, self.label, self.curves], self.make_static)
+        super().__init__([self.tables, self.label, self.curves, self.equal], self.make_static)
 
     def draw(self, label: str) -> str:
         "The curves of a label as HTML."
         return picture_html(plot_curves(self.shared, label), f"ROC curves of {label} in the runs {', '.join(self.shared.tables)}")
 
     def make_static(self) -> str:
-        "The tables, and the curves of each label."
+        "The tables, and the curves of each label; without what is equal, such as folders, which need not be passed on."
         return self.tables.value + "".join(map(self.draw, self.shared.labels))
 
 
