@@ -46,7 +46,7 @@ def compare_settings(
     "A row for each parameter that is not the same in all runs, a column for each run; and the others, by name."
     given = {name: {"mode": run.folder.about["mode"], **run.parameters} for name, run in runs.items()}
     settings = pd.DataFrame(given, dtype=object).drop(index=["exp_dir", "resume", "overwrite"], errors="ignore")
-    settings = settings.map(lambda value: "" if pd.isna(value) else str(value))
+    settings = settings.map(lambda value: "" if value is None or value != value else str(value))  # NaN: another run's
     differs = settings.nunique(axis=1) > 1
     return settings[differs].rename_axis("parameter").reset_index(), settings.iloc[:, 0][~differs].to_dict()
 
@@ -65,7 +65,8 @@ def share(
     "The recordings and labels that all runs have. Raises `ValueError` if there are none."
     first = next(iter(runs.values()))
     uids = {name: [*run.predictions["uid"]] for name, run in runs.items()}
-    shared = [uid for uid in first.predictions["uid"] if uid in set.intersection(*map(set, uids.values()))]
+    in_all = set.intersection(*map(set, uids.values()))
+    shared = [uid for uid in first.predictions["uid"] if uid in in_all]
     labels = [label for label in first.labels if all(label in run.labels for run in runs.values())]
     if not shared or not labels:
         what = "recording" if labels else "label"

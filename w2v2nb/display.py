@@ -171,7 +171,7 @@ def split_static(
     if STYLE not in html:
         return []
     inner, found = html.partition(STYLE)[2].removesuffix("</div>"), []
-    for text, alt, png in re.findall('(.*?)(?:<img alt="([^"]*)"[^>]*base64,([^"]*)">|$)', inner, re.DOTALL):
+    for text, alt, png in re.findall(r'(.*?)(?:<img alt="([^"]*)"[^>]*base64,([^"]*)">|\Z)', inner, re.DOTALL):
         if said := text + (f"<p>{alt}</p>" if png else ""):
             found.append({"text/html": said, "text/plain": ""})
         if png:
@@ -187,9 +187,14 @@ def keep_static(
 
     notebook, view = nbformat.read(path, as_version=4), "application/vnd.jupyter.widget-view+json"
     for cell in [cell for cell in notebook.cells if cell.cell_type == "code"]:
-        parts = [split_static(output.get("data", {})) for output in cell.outputs]
-        for i in reversed([i for i, part in enumerate(parts) if part and view in cell.outputs[i + 1].get("data", {})]):
-            cell.outputs[i : i + 2] = [nbformat.v4.new_output("display_data", data) for data in parts[i]]
+        outputs, is_after = [], False  # whether the output before was a static form
+        for output in cell.outputs:
+            parts = split_static(output.get("data", {}))
+            if not parts and not (is_after and view in output.get("data", {})):
+                outputs.append(output)
+            outputs += [nbformat.v4.new_output("display_data", data) for data in parts]
+            is_after = bool(parts)
+        cell.outputs = outputs
     if not any(view in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])):
         notebook.metadata.pop("widgets", None)
     with storage.writing(path) as temporary:
