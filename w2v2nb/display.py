@@ -156,10 +156,11 @@ def show_widget(
 ) -> "DisplayHandle":
     "Display a widget; its static form, which the handle can update, stands in for it where there is no kernel."
     from IPython.display import display
+    from ipywidgets import DOMWidget
 
     widget.add_class(LIVE)
     handle = display(static_bundle(html), raw=True, display_id=True)
-    display(widget._repr_mimebundle_(), raw=True)
+    display(DOMWidget._repr_mimebundle_(widget), raw=True)  # a view's own bundle holds its static form again
     return handle
 
 # %% ../nbs/05j_display.ipynb #c0158bde

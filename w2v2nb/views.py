@@ -54,6 +54,9 @@ class View(ipywidgets.VBox):
     def _ipython_display_(self) -> None:
         show_widget(self, self.static())
 
+    def _repr_mimebundle_(self, **kwargs) -> dict[str, str]:
+        return {**super()._repr_mimebundle_(**kwargs), "text/html": self.static()}
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}: run the cell to use it"
 
