@@ -75,7 +75,7 @@ def write_points(
     "A line for each row, and its number, for a list."
     starts = table["start_s"] if "start_s" in table else None
     names = {row: table["uid"][row] + (f" from {starts[row]:g} s" if starts is not None else "") for row in rows}
-    texts = None if values is None else write_values(values)
+    texts = None if values is None else write_values(values.loc[list(names)])
     return [(name if texts is None else f"{name}  {texts[row]}", row) for row, name in names.items()]
 
 # %% ../nbs/14i_embedding_map.ipynb #424d7e69
@@ -167,7 +167,10 @@ class MapControls(HBox):
         for control in self.children:
             control.observe(lambda change: on_change(), "value")
 
-    chosen = property(lambda self: (self.layer.value, self.method.value, self.distance.value))
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        "What the map depends on: column, method, and UMAP's distance."
+        return (self.layer.value, self.method.value, *([self.distance.value] if self.method.value == "UMAP" else []))
 
 # %% ../nbs/14i_embedding_map.ipynb #975bd5a2
 class EmbeddingMap(View):
@@ -199,8 +202,8 @@ class EmbeddingMap(View):
 
     def place(self) -> None:
         "Show what is chosen; a map that takes long comes later."
-        chosen, color = self.controls.chosen, self.controls.color.value
-        layer, method, self.points.distance = chosen
+        chosen, color, self.points.distance = self.controls.chosen, self.controls.color.value, self.controls.distance.value
+        layer, method, *_ = chosen
         self.points.vectors, self.points.values = self.vectors[layer], self.table[color] if color else None
         if method == "PCA" or chosen in self.maps:
             self.compute(chosen)
@@ -209,7 +212,7 @@ class EmbeddingMap(View):
             self.worker = Thread(target=self.compute, args=(chosen,), daemon=True)
             self.worker.start()
 
-    def compute(self, chosen: tuple[str, str, str]) -> None:
+    def compute(self, chosen: tuple[str, ...]) -> None:
         "Compute a map that isn't known, and show it unless another one was chosen meanwhile."
         with self.points.notice.telling():
             if chosen not in self.maps:
